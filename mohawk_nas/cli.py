@@ -1,0 +1,240 @@
+"""The command line: one short function a command.
+
+Torch, transformers and the rest of the package are imported inside the commands, so that ``--help``
+answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mohawk_nas.errors import InputError, MohawkError
+
+if TYPE_CHECKING:
+    from mohawk_nas.config import StudyConfig
+
+__all__ = ["app", "main"]
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="mohawk-nas",
+    help="Find out which layers of a Transformer should stay attention, distil that hybrid, and "
+    "export it.",
+    epilog="Any command takes --traceback, to show where an error came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Study = Annotated[Path, typer.Argument(help="The study, a YAML file.", metavar="STUDY")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes to it, such as search.trials=50.", metavar="[KEY=VALUE]..."),
+]
+Run = Annotated[
+    Path, typer.Argument(help="A run's folder, or an exported Hugging Face folder.", metavar="RUN")
+]
+Force = Annotated[bool, typer.Option(help="Set what is already there aside and start anew.")]
+
+
+class Listed(StrEnum):
+    """What ``ls`` can list."""
+
+    mixers = "mixers"
+    spaces = "spaces"
+    strategies = "strategies"
+    objectives = "objectives"
+
+
+@app.command()
+def search(
+    study: Study,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="Print what would be done, and stop.")] = False,
+    force: Force = False,
+) -> None:
+    """Train the mixer bank, score layouts, and write the best one to best.yaml.
+
+    Run it again after a stop, and it goes on where it was.
+    """
+    config = _load(study, overrides)
+    from mohawk_nas.reporting import console
+
+    if dry_run:
+        from mohawk_nas.plan import make_plan
+
+        console.show_plan(config, make_plan(config))
+        return
+    from mohawk_nas import pipeline
+    from mohawk_nas.reporting.html import write_report
+
+    result, best = pipeline.search(config, reporter=console.reporter(), force=force)
+    report = write_report(config.run_dir / "report.html", result, config)
+    console.show_result(result, next_command=f"mohawk-nas distill {best}", files=[best, report])
+
+
+@app.command()
+def score(
+    study: Study,
+    layout: Annotated[
+        str, typer.Option(help="Attention layers such as 1,5 or a strip such as 'M A M M M A M M'.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Place a layout of your own among those of a finished search."""
+    config = _load(study, overrides)
+    from mohawk_nas import pipeline
+    from mohawk_nas.reporting import console
+
+    placed = pipeline.score(config, layout, reporter=console.reporter())
+    console.show_placement(*placed)
+
+
+@app.command()
+def distill(
+    best: Annotated[Path, typer.Argument(help="best.yaml, or the run's folder.", metavar="BEST")],
+    overrides: Overrides = None,
+    force: Force = False,
+) -> None:
+    """Distil the chosen layout in full; run again after a stop, and it goes on."""
+    from mohawk_nas import pipeline
+    from mohawk_nas.reporting import console
+
+    _quiet()
+    chosen = pipeline.load_best(best, overrides or ())
+    result, folder = pipeline.distill(chosen, reporter=console.reporter(), force=force)
+    console.show_distillation(result, next_command=f"mohawk-nas export {folder}")
+
+
+@app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(help="A distilled run, or its distill folder.", metavar="RUN")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Where to; RUN/export if not given.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    force: Force = False,
+) -> None:
+    """Write a Hugging Face folder and check it in a fresh process."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype: must be float32, bfloat16 or float16, but got {dtype!r}")
+    from mohawk_nas.export.folder import export_folder
+    from mohawk_nas.reporting import console
+
+    _quiet()
+    folder, found = export_folder(source, out, dtype=dtype, force=force)
+    console.show_export(folder, found, next_command=f"mohawk-nas evaluate {folder}")
+
+
+@app.command()
+def evaluate(target: Run) -> None:
+    """Perplexity, KL divergence to the teacher and recall, beside the teacher's."""
+    from mohawk_nas.evaluate import evaluate as measure
+    from mohawk_nas.evaluate import find_target
+    from mohawk_nas.reporting import console
+
+    _quiet()
+    console.show_evaluation(measure(find_target(target), reporter=console.reporter()))
+
+
+@app.command()
+def generate(
+    target: Run,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
+) -> None:
+    """Continue a text with a distilled or exported hybrid."""
+    from mohawk_nas.evaluate import continue_text, find_target
+
+    _quiet()
+    typer.echo(
+        continue_text(
+            find_target(target),
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+    )
+
+
+@app.command()
+def validate(study: Study, overrides: Overrides = None) -> None:
+    """List every problem of a study; runs nothing."""
+    from mohawk_nas.errors import ConfigError
+    from mohawk_nas.plan import find_problems
+
+    config = _load(study, overrides)
+    if problems := find_problems(config):
+        raise ConfigError(problems, source=str(study))
+    typer.echo(f"{study}: no problem found")
+
+
+@app.command("ls")
+def list_names(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None:
+    """List what a study can name."""
+    from mohawk_nas.reporting import console
+
+    console.show_names(what.value)
+
+
+def _load(study: Path, overrides: Sequence[str] | None) -> StudyConfig:
+    from mohawk_nas.config import load_study
+
+    config = load_study(study, overrides or ())
+    _quiet()
+    return config
+
+
+def _quiet() -> None:
+    """Leave the screen to this program: no libraries' progress bars, no advice."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 1 failed midway, 2 bad input, 130 stopped by the user."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with_traceback = "--traceback" in arguments
+    arguments = [a for a in arguments if a != "--traceback"]
+    try:
+        # Usage errors print themselves and exit with 2.
+        app(args=arguments, prog_name="mohawk-nas")
+    except MohawkError as e:
+        if with_traceback:
+            raise
+        _fail(str(e), e.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on from here", INTERRUPTED)
+    except OSError as e:
+        if with_traceback:
+            raise
+        code = 1 if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
+        _fail(f"{e.filename or 'file system'}: {e.strerror or e}", code)
+    except Exception as e:
+        if with_traceback:
+            raise
+        text = " ".join(str(e).split())
+        _fail(f"{type(e).__name__}: {text}; --traceback shows where", 1)
+
+
+def _fail(text: str, code: int) -> None:
+    print(f"mohawk-nas: {text}", file=sys.stderr)
+    sys.exit(code)

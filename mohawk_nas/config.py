@@ -1,0 +1,549 @@
+"""A study's configuration: YAML and command-line overrides to frozen dataclasses.
+
+Everything a run depends on is a field here. :func:`load_study` reports every problem it finds at
+once, each with its dotted path; past this module only the dataclasses travel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mohawk_nas.errors import ConfigError, did_you_mean
+from mohawk_nas.layout import ATTENTION
+
+__all__ = [
+    "BankConfig",
+    "BudgetConfig",
+    "DataConfig",
+    "DistillConfig",
+    "LogitsConfig",
+    "SearchConfig",
+    "SpaceConfig",
+    "StageConfig",
+    "StudyConfig",
+    "TeacherConfig",
+    "dump",
+    "flatten",
+    "load_study",
+    "plain",
+    "study_from_dict",
+]
+
+OBJECTIVES = ("stage2_local", "stage2_cascade", "kl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Which pretrained model, and how it is held in memory."""
+
+    source: str = MISSING
+    """Local folder, GGUF file, hub name, or ``package:NAME/FILE.gguf`` for a file that an installed
+    Python package carries. Relative paths start at the study's file."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer, where it is not with the model."""
+    architecture: str | None = None
+    """A ``config.json`` that describes the model: for planning before the weights are here, and
+    for ``random_weights``."""
+    random_weights: bool = False
+    """Build the architecture with random weights: for timing, never for results."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Changes to the architecture, e.g. fewer layers; with ``random_weights`` only."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights in memory; auto is float32 on a CPU and bfloat16 on a GPU."""
+    device: str = "auto"
+    """auto takes the first GPU if there is one."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """The teacher's attention implementation."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text, and how it is cut into blocks of tokens.
+
+    Documents are divided over the splits by a hash of their name, so no document is in two.
+    """
+
+    source: list[str] = MISSING
+    """Files or globs (text, jsonl, parquet; .xz, .gz and .zst are unpacked), or one hub data set.
+    Relative paths start at the study's file."""
+    subset: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    text_field: str = "text"
+    """Field of a record that holds its text."""
+    document_field: str | None = None
+    """Field that names the document a record belongs to, where a record may be a part of one;
+    None takes each record for a document."""
+    separator: str | None = None
+    """Token put in front of each document; None takes the tokenizer's end-of-text token."""
+    block_size: int = 256
+    """Tokens a block. Attention and state both run across document borders inside a block."""
+    validation_tokens: int = 8192
+    """Watched while distilling."""
+    test_tokens: int = 8192
+    """Read by ``evaluate`` only."""
+    cache: str = "runs/cache"
+    """Folder of tokenised text; relative to the working folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Optimisation of one stage: AdamW, with a warm-up, a constant and a decaying part."""
+
+    tokens: int = 0
+    """0 skips the stage."""
+    batch_size: int = 8
+    """Blocks a step."""
+    lr: float = 1e-3
+    warmup: float = 0.1
+    """Share of the steps in which the rate rises."""
+    decay: float = 0.2
+    """Share of the steps, at the end, in which it falls."""
+    min_lr: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    """Largest norm of one candidate's gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankConfig:
+    """Abbreviated stages 1 and 2 that train every candidate of every layer once."""
+
+    path: str = "runs/bank"
+    """Folder of trained candidates, shared by studies; relative to the working folder."""
+    matrix: StageConfig = field(default_factory=StageConfig)
+    hidden: StageConfig = field(default_factory=lambda: StageConfig(tokens=262144))
+    checkpoint_steps: int = 50
+    """Steps after which unfinished candidates are saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceConfig:
+    """Which mixers each layer may take."""
+
+    name: str | None = None
+    """A search space that comes with the package, or a YAML file with these fields."""
+    candidates: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> ``{mixer: NAME, option: value}``. ``attention`` is always there."""
+    pinned: dict[int, str] = field(default_factory=dict)
+    """Layer -> the candidate it must take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """What every layout must meet."""
+
+    attention_layers: int = MISSING
+    """Layers that keep attention, exactly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How layouts are chosen and scored."""
+
+    trials: int = 100
+    """Distinct layouts to score. A space that is no larger is scored whole."""
+    strategy: str = "tpe"
+    objective: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
+    """Objective -> weight. A single name stands for itself alone."""
+    evaluation: Literal["bank", "per_trial"] = "bank"
+    """Assemble trials from the bank, or train each trial's layers anew (the slow reference)."""
+    baselines: list[str] = field(
+        default_factory=lambda: [
+            "uniform",
+            "first",
+            "last",
+            "stage2_rank",
+            "swap_one",
+            "add_one_in",
+            "greedy",
+        ]
+    )
+    """Selectors whose layouts are scored in the same study."""
+    tokens: int = 16384
+    """Tokens of the search split on which a layout is scored."""
+    batch_size: int = 8
+    """Blocks scored at once."""
+    storage: str | None = None
+    """Optuna storage; None is an SQLite file in the run's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsConfig(StageConfig):
+    """Stage 3: end-to-end distillation of the assembled student."""
+
+    loss: Literal["kl", "soft_ce"] = "kl"
+    """Forward KL divergence, or the paper's cross-entropy on the teacher's probabilities; the two
+    differ by the teacher's entropy and have the same gradient."""
+    temperature: float = 1.0
+    hard_label_weight: float = 0.0
+    """Share of the loss that is cross-entropy on the text itself, 0 to 1."""
+    trainable: Literal["mixers", "all_but_mlp", "all"] = "all"
+    """What is trained."""
+    accumulate: int = 1
+    """Steps whose gradients are added before the weights move; ``batch_size`` counts one of them."""
+    validate_steps: int = 50
+    """Optimizer steps between two looks at the validation split."""
+    checkpoint_steps: int = 50
+    """Optimizer steps between two checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Full distillation of the chosen layout."""
+
+    start: Literal["bank", "scratch"] = "bank"
+    """Continue the bank's candidates, or train them anew with the budgets below."""
+    matrix: StageConfig = field(default_factory=StageConfig)
+    """Stage 1, when starting from scratch."""
+    hidden: StageConfig = field(default_factory=StageConfig)
+    """Stage 2; its rate is warmed up again."""
+    logits: LogitsConfig = field(default_factory=lambda: LogitsConfig(tokens=98304, lr=1e-4))
+    """Stage 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """One study: a teacher, a space, a budget and how the space is searched."""
+
+    name: str = MISSING
+    seed: int = 0
+    output: str = "runs"
+    """Folder in which the run gets a folder of its own; relative to the working folder."""
+    plugins: list[str] = field(default_factory=list)
+    """Python files that register mixers or strategies; relative to the study's file."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this study's results."""
+        return Path(self.output) / self.name
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read a study.
+
+    Args:
+        path: YAML file.
+        overrides: Dotted assignments such as ``search.trials=50``, later ones win.
+
+    Raises:
+        ConfigError: The file is missing or not YAML, or anything in it is wrong; all problems in
+            one message.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ConfigError("no such file; there must be a study in YAML", source=str(path)) from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"cannot be read: {e}", source=str(path)) from e
+    except yaml.YAMLError as e:
+        raise ConfigError(f"is not YAML: {' '.join(str(e).split())}", source=str(path)) from e
+    if not isinstance(raw, dict):
+        raise ConfigError("a study must be a mapping of settings", source=str(path))
+    return study_from_dict(raw, overrides=overrides, base=path.parent, source=str(path))
+
+
+def study_from_dict(
+    raw: Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    base: Path | None = None,
+    source: str | None = None,
+) -> StudyConfig:
+    """The study that a mapping describes.
+
+    Args:
+        raw: Settings as they stand in a YAML file.
+        overrides: As in :func:`load_study`.
+        base: Folder at which relative paths of inputs start; they become absolute.
+        source: Name of the origin, for messages.
+
+    Raises:
+        ConfigError: Every problem found.
+    """
+    problems: list[str] = []
+    settings = _normalise(raw, base)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            problems.append(f"override {override!r} must look like key.name=value")
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _assign(settings, key.strip().split("."), value)
+    settings = _normalise(settings, None)
+
+    config = writable(StudyConfig)
+    known = _known_paths(StudyConfig)
+    for dotted, value in _leaves(settings, StudyConfig):
+        if dotted not in known:
+            parent, _, name = dotted.rpartition(".")
+            siblings = [p.rpartition(".")[2] for p in known if p.rpartition(".")[0] == parent]
+            hint = did_you_mean(name, siblings) or f" Known here: {', '.join(siblings)}."
+            problems.append(f"{dotted}: unknown key.{hint}")
+            continue
+        try:
+            OmegaConf.update(config, dotted, value, merge=False)
+        except (OmegaConfBaseException, ValueError) as e:
+            problems.append(f"{dotted}: {_first_line(e)}")
+    missing = sorted(OmegaConf.missing_keys(config))
+    broken = {problem.split(":")[0] for problem in problems}
+    problems += [f"{name}: must be given" for name in missing if name not in broken]
+    for name in missing:
+        # A stand-in of the right type, so that the checks below can still run.
+        OmegaConf.update(
+            config, name, {"data.source": ["-"], "budget.attention_layers": 1}.get(name, "-")
+        )
+    study = OmegaConf.to_object(config)
+    assert isinstance(study, StudyConfig)
+    problems += [p for p in _check(study) if p.split(":")[0] not in (*missing, *broken)]
+    if problems:
+        raise ConfigError(problems, source=source)
+    return study
+
+
+def writable(cls: type) -> DictConfig:
+    """The OmegaConf schema of a frozen dataclass, open for assignment.
+
+    Merging would do for single values, but it would add a mapping to its default's entries where
+    the user means to replace them.
+    """
+    config = OmegaConf.structured(cls)
+    nodes = [config]
+    while nodes:
+        node = nodes.pop()
+        OmegaConf.set_readonly(node, None)
+        for key in node:
+            if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+                nodes.append(node[key])
+    return config
+
+
+def dump(config: Any) -> str:
+    """YAML text of a configuration dataclass, which :func:`study_from_dict` reads back."""
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+def plain(value: Any) -> Any:
+    """Dictionaries, lists and scalars of a configuration dataclass."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def flatten(config: StudyConfig) -> dict[str, Any]:
+    """Dotted path -> plain value of every setting."""
+    return dict(_leaves(plain(config), StudyConfig))
+
+
+def _normalise(raw: Mapping[str, Any], base: Path | None) -> dict[str, Any]:
+    # Short forms become the one long form, and paths of inputs start at the study's own folder.
+    settings: dict[str, Any] = {
+        key: _normalise(value, None) if isinstance(value, Mapping) else value
+        for key, value in raw.items()
+    }
+    search, space = settings.get("search"), settings.get("space")
+    if isinstance(search, dict) and isinstance(search.get("objective"), str):
+        search["objective"] = {search["objective"]: 1.0}
+    if isinstance(space, str):
+        settings["space"] = {"name": space}
+    data = settings.get("data")
+    if isinstance(data, dict) and isinstance(data.get("source"), str):
+        data["source"] = [data["source"]]
+    if base is None:
+        return settings
+
+    def located(text: object) -> object:
+        if not isinstance(text, str) or text.startswith("package:") or Path(text).is_absolute():
+            return text
+        path = base / text
+        # A hub name looks like a relative path; it is one if something is there, or could be.
+        looks_local = bool(re.match(r"\.{1,2}/", text) or re.search(r"[*?\[]|\.[A-Za-z]\w*$", text))
+        return str(path.resolve()) if path.exists() or looks_local else text
+
+    for section, keys in (
+        ("teacher", ("source", "tokenizer", "architecture")),
+        ("space", ("name",)),
+    ):
+        part = settings.get(section)
+        if isinstance(part, dict):
+            for key in keys:
+                if key in part:
+                    part[key] = located(part[key])
+    if isinstance(data, dict) and isinstance(data.get("source"), list):
+        data["source"] = [located(item) for item in data["source"]]
+    if isinstance(settings.get("plugins"), list):
+        settings["plugins"] = [
+            str((base / item).resolve()) if isinstance(item, str) else item
+            for item in settings["plugins"]
+        ]
+    return settings
+
+
+def _assign(settings: dict[str, Any], keys: Sequence[str], value: object) -> None:
+    for key in keys[:-1]:
+        inner = settings.get(key)
+        if not isinstance(inner, dict):
+            inner = settings[key] = {}
+        settings = inner
+    settings[keys[-1]] = value
+
+
+def _known_paths(cls: type, prefix: str = "") -> list[str]:
+    paths = []
+    for f, inner in _fields(cls):
+        paths += _known_paths(inner, f"{prefix}{f}.") if inner else [f"{prefix}{f}"]
+    return paths
+
+
+def _fields(cls: type) -> Iterator[tuple[str, type | None]]:
+    hints = _hints(cls)
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        yield f.name, kind if dataclasses.is_dataclass(kind) and isinstance(kind, type) else None
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    import typing
+
+    return typing.get_type_hints(cls)
+
+
+def _leaves(
+    settings: Mapping[str, Any], cls: type | None, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    # Mappings are walked where the schema has a section, and taken whole where it has a value.
+    sections = {name: inner for name, inner in _fields(cls) if inner} if cls else {}
+    for key, value in settings.items():
+        if key in sections and isinstance(value, Mapping):
+            yield from _leaves(value, sections[key], f"{prefix}{key}.")
+        elif key in sections:
+            yield f"{prefix}{key}", value
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].strip()
+
+
+def _check(study: StudyConfig) -> list[str]:
+    """What the types cannot say. Paths stand first, so that a problem is never reported twice."""
+    problems: list[str] = []
+
+    def need(ok: bool, text: str) -> None:
+        if not ok:
+            problems.append(text)
+
+    need(
+        bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", study.name)),
+        f"name: must be letters, digits, '.', '_' and '-', but got {study.name!r}",
+    )
+    need(study.seed >= 0, f"seed: must be at least 0, but got {study.seed}")
+    data, search, distill = study.data, study.search, study.distill
+    need(bool(data.source), "data.source: must name at least one file or data set")
+    need(data.block_size >= 8, f"data.block_size: must be at least 8, but got {data.block_size}")
+    for name, tokens in (
+        ("data.validation_tokens", data.validation_tokens),
+        ("data.test_tokens", data.test_tokens),
+        ("search.tokens", search.tokens),
+    ):
+        need(
+            tokens >= data.block_size,
+            f"{name}: must hold at least one block of {data.block_size} tokens, but got {tokens}",
+        )
+    need(
+        study.budget.attention_layers >= 0,
+        f"budget.attention_layers: must be at least 0, but got {study.budget.attention_layers}",
+    )
+    need(search.trials >= 1, f"search.trials: must be at least 1, but got {search.trials}")
+    need(search.batch_size >= 1, f"search.batch_size: must be at least 1, got {search.batch_size}")
+    need(bool(search.objective), "search.objective: must name at least one objective")
+    for name, weight in search.objective.items():
+        need(
+            name in OBJECTIVES,
+            f"search.objective.{name}: unknown objective; available: {', '.join(OBJECTIVES)}."
+            f"{did_you_mean(name, OBJECTIVES)}",
+        )
+        need(weight > 0, f"search.objective.{name}: its weight must be above 0, but got {weight}")
+    need(
+        not study.teacher.overrides or study.teacher.random_weights,
+        "teacher.overrides: changes the architecture, so it needs teacher.random_weights: true",
+    )
+    need(ATTENTION not in study.space.candidates, f"space.candidates.{ATTENTION}: is always there")
+    stages = {
+        "bank.matrix": study.bank.matrix,
+        "bank.hidden": study.bank.hidden,
+        "distill.matrix": distill.matrix,
+        "distill.hidden": distill.hidden,
+        "distill.logits": distill.logits,
+    }
+    for name, stage in stages.items():
+        need(stage.tokens >= 0, f"{name}.tokens: must be at least 0, but got {stage.tokens}")
+        need(
+            stage.batch_size >= 1, f"{name}.batch_size: must be at least 1, got {stage.batch_size}"
+        )
+        need(stage.lr > 0, f"{name}.lr: must be above 0, but got {stage.lr}")
+        need(
+            stage.warmup >= 0 and stage.decay >= 0 and stage.warmup + stage.decay <= 1,
+            f"{name}.warmup: warmup + decay must lie within 0 and 1, but are "
+            f"{stage.warmup} + {stage.decay}",
+        )
+        need(stage.grad_clip > 0, f"{name}.grad_clip: must be above 0, but got {stage.grad_clip}")
+        per_step = stage.batch_size * data.block_size
+        need(
+            stage.tokens == 0 or stage.tokens >= per_step,
+            f"{name}.tokens: must be 0 or at least one step of {per_step} tokens "
+            f"(batch_size * data.block_size), but got {stage.tokens}",
+        )
+    need(
+        study.bank.matrix.tokens + study.bank.hidden.tokens > 0,
+        "bank.hidden.tokens: stage 1 or stage 2 of the bank must have tokens",
+    )
+    need(
+        study.bank.checkpoint_steps >= 1,
+        f"bank.checkpoint_steps: must be at least 1, but got {study.bank.checkpoint_steps}",
+    )
+    logits = distill.logits
+    need(
+        0 <= logits.hard_label_weight <= 1,
+        f"distill.logits.hard_label_weight: must lie within 0 and 1, got {logits.hard_label_weight}",
+    )
+    need(
+        logits.temperature > 0,
+        f"distill.logits.temperature: must be above 0, but got {logits.temperature}",
+    )
+    for name, count in (
+        ("accumulate", logits.accumulate),
+        ("validate_steps", logits.validate_steps),
+        ("checkpoint_steps", logits.checkpoint_steps),
+    ):
+        need(count >= 1, f"distill.logits.{name}: must be at least 1, but got {count}")
+    return problems

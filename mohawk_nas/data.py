@@ -1,0 +1,811 @@
+"""Text to blocks of tokens: read once, cut into disjoint splits, cached.
+
+Files and hub data sets are streamed by the ``datasets`` library. Each document falls to one split
+by a hash of its name or text, so a document is never in two splits and never moves when files are
+added. Reading stops when every split has the tokens that are asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mohawk_nas.config import DataConfig
+from mohawk_nas.errors import ConfigError, DataError, MohawkError
+from mohawk_nas.files import DamagedFile, load_tensors, read_json, save_tensors, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["SPLITS", "BlockOrder", "TokenBlocks", "load_blocks", "split_of"]
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("bank", "search", "validation", "test")
+
+_PERCENT = {"search": 6, "validation": 6, "test": 6}
+"""Share of the documents that each small split gets; the bank gets the rest."""
+_SETTINGS = {
+    "search": "search.tokens",
+    "validation": "data.validation_tokens",
+    "test": "data.test_tokens",
+}
+_FORMAT = 1
+"""Raised when the same request would give other blocks than before."""
+
+_Kind = Literal["text", "json", "parquet"]
+_KINDS: dict[str, _Kind] = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+_COMPRESSED = (".gz", ".xz", ".zst")
+
+_PIECE_CHARS = 65_536
+_BATCH_CHARS = 524_288
+_MANY_CHARS_PER_TOKEN = 8
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
+_PROGRESS_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TokenBlocks:
+    """Blocks of one split, in the order of the documents."""
+
+    split: str
+    tokens: Tensor
+    """``(num_blocks, block_size)``, int32, read from disk when used."""
+    fingerprint: str
+    """Of the split's name, the block size and every token."""
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """The blocks of these numbers, ``(len(indices), block_size)`` in torch.long on the CPU."""
+        return self.tokens[torch.as_tensor(indices, dtype=torch.long)].long()
+
+    def take(self, num_tokens: int) -> TokenBlocks:
+        """The first ``num_tokens // block_size`` blocks.
+
+        Raises:
+            DataError: There are fewer.
+        """
+        count = num_tokens // self.tokens.shape[1]
+        if count > len(self):
+            raise DataError(
+                f"the {self.split} split holds {self.tokens.numel():,} tokens, but {num_tokens:,} "
+                "are asked for; give more text or ask for less"
+            )
+        if count == len(self):
+            return self
+        tokens = self.tokens[:count]
+        return TokenBlocks(
+            split=self.split, tokens=tokens, fingerprint=_fingerprint(self.split, tokens)
+        )
+
+
+class BlockOrder:
+    """Which blocks each step sees: a shuffled pass over the split, then another, and so on.
+
+    The order follows from the seed and the step alone, so a run can be taken up at any step. Each
+    pass is shuffled anew, and a batch may straddle two.
+    """
+
+    def __init__(self, num_blocks: int, *, batch_size: int, seed: int) -> None:
+        if num_blocks < 1 or batch_size < 1:
+            raise ValueError(
+                "`num_blocks >= 1` and `batch_size >= 1` must hold, but got "
+                f"({num_blocks=}, {batch_size=})"
+            )
+        self.num_blocks = num_blocks
+        self.batch_size = batch_size
+        self.seed = seed
+        # A batch asks for the same one or two passes as the batch before it.
+        self._passes: dict[int, Tensor] = {}
+
+    def indices(self, step: int) -> Tensor:
+        """Blocks that the batch of this step holds, ``(batch_size,)``; steps count from 0."""
+        if step < 0:
+            raise ValueError(f"`step >= 0` must hold, but got ({step=})")
+        position, end = step * self.batch_size, (step + 1) * self.batch_size
+        parts = []
+        while position < end:
+            number, offset = divmod(position, self.num_blocks)
+            parts.append(self._pass(number)[offset : offset + end - position])
+            position += len(parts[-1])
+        return torch.cat(parts)
+
+    def epochs(self, steps: int) -> float:
+        """Passes over the split in so many steps."""
+        return steps * self.batch_size / self.num_blocks
+
+    def _pass(self, number: int) -> Tensor:
+        if number not in self._passes:
+            digest = hashlib.sha256(f"{self.seed}/{number}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            self._passes = {n: order for n, order in self._passes.items() if n == number - 1}
+            self._passes[number] = torch.randperm(self.num_blocks, generator=generator)
+        return self._passes[number]
+
+
+def split_of(document: str) -> str:
+    """The split that a document of this name, or of this text if it has none, falls to."""
+    digest = hashlib.sha256(b"mohawk-nas document\n" + document.encode()).digest()
+    point = int.from_bytes(digest[:8], "big") % 100
+    for split, percent in _PERCENT.items():
+        if point < percent:
+            return split
+        point -= percent
+    return "bank"
+
+
+def load_blocks(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, needed: Mapping[str, int]
+) -> dict[str, TokenBlocks]:
+    """Token blocks of the splits that are needed, from the cache if they are there.
+
+    A split holds ``needed // block_size`` blocks whatever the other splits need; only the bank may
+    get fewer, and its training then passes over it more often.
+
+    Args:
+        config: Where the text is.
+        tokenizer: The teacher's.
+        needed: Split -> tokens that will be read of it.
+
+    Raises:
+        DataError: The text cannot be read, or there is too little of it.
+        ConfigError: The separator is not a token.
+        TrainingError: The disk is full.
+    """
+    _check_needed(needed, config.block_size)
+    files = _find_files(config)
+    separator = _separator(config, tokenizer)
+    request = {
+        "format": _FORMAT,
+        "tokenizer": _tokenizer_fingerprint(tokenizer),
+        "separator": separator,
+        "block_size": config.block_size,
+        "text_field": config.text_field,
+        "document_field": config.document_field,
+        "blocks": {s: needed[s] // config.block_size for s in SPLITS if s in needed},
+        "source": [_content(file) for file in files]
+        or {"name": config.source[0], "subset": config.subset, "split": config.split},
+    }
+    key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:32]
+    folder = Path(config.cache) / key
+    blocks = _read_cache(folder, request)
+    if blocks is None:
+        _make_cache(folder, request, config, tokenizer, files=files, separator=separator)
+        blocks = _read_cache(folder, request)
+        if blocks is None:
+            raise DataError(f"data.cache: {folder} does not hold what was just written to it")
+    if "bank" in blocks and len(blocks["bank"]) < needed["bank"] // config.block_size:
+        tokens = blocks["bank"].tokens.numel()
+        logger.warning(
+            "data: the bank split holds %s of %s tokens; training will make %.1f passes over it; "
+            "give more text in data.source to see each block once",
+            f"{tokens:,}",
+            f"{needed['bank']:,}",
+            needed["bank"] / tokens,
+        )
+    return blocks
+
+
+def _check_needed(needed: Mapping[str, int], block_size: int) -> None:
+    for split, tokens in needed.items():
+        if split not in SPLITS:
+            raise ValueError(f"a split must be one of {', '.join(SPLITS)}, but got {split!r}")
+        if 0 < tokens < block_size or tokens < 0:
+            raise DataError(
+                f"{_SETTINGS.get(split, split)}: must hold at least one block of {block_size} "
+                f"tokens (data.block_size), but is {tokens}"
+            )
+
+
+class _File(NamedTuple):
+    path: Path
+    kind: _Kind
+
+
+def _find_files(config: DataConfig) -> list[_File]:
+    """Files in the order given, each once, those of a glob sorted; none for a hub data set."""
+    if not config.source:
+        raise ConfigError("data.source: must name at least one file or data set")
+    found: dict[Path, _File] = {}
+    for entry in config.source:
+        path = Path(entry).expanduser()
+        if path.is_dir():
+            raise DataError(
+                f"data.source: {entry} is a folder; name the files in it, e.g. {entry}/*.jsonl"
+            )
+        matches = [str(path)]
+        if not path.is_file():
+            matches = [m for m in sorted(glob.glob(str(path), recursive=True)) if Path(m).is_file()]
+        if not matches:
+            if len(config.source) > 1 or not _may_be_hub_name(entry):
+                raise DataError(
+                    f"data.source: no such file: {entry}; name a file, a glob that matches some, "
+                    "or one hub data set alone"
+                )
+            return []
+        for match in map(Path, matches):
+            found.setdefault(match.resolve(), _File(match, _kind(match)))
+    if config.subset is not None:
+        logger.warning("data: data.subset is for hub data sets and is ignored for files")
+    return list(found.values())
+
+
+def _may_be_hub_name(entry: str) -> bool:
+    if entry.startswith(".") or re.search(r"\.[A-Za-z]\w*$", entry):
+        return False
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry) is not None
+
+
+def _kind(path: Path) -> _Kind:
+    name = path.name.lower()
+    compressed = name.endswith(_COMPRESSED)
+    kind = _KINDS.get(Path(name.rpartition(".")[0] if compressed else name).suffix)
+    if kind is None or (kind == "parquet" and compressed):
+        raise DataError(
+            f"data.source: {path} must be text (.txt, .text, .md) or JSON lines (.jsonl, .ndjson, "
+            f".json), as it is or with {', '.join(_COMPRESSED)}, or .parquet; rename or convert it"
+        )
+    return kind
+
+
+def _content(file: _File) -> dict[str, str | int]:
+    try:
+        size = file.path.stat().st_size
+        with file.path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as e:
+        raise DataError(f"data.source: {file.path} cannot be read: {e.strerror}") from e
+    if size == 0:
+        raise _empty(file.path)
+    return {"name": file.path.name, "bytes": size, "sha256": digest}
+
+
+def _empty(path: Path) -> DataError:
+    return DataError(f"data.source: {path} must hold text, but is empty; leave it out")
+
+
+class _Document(NamedTuple):
+    text: str
+    name: str | None
+    """None where the record is the whole document."""
+
+    @property
+    def split(self) -> str:
+        return split_of(self.text if self.name is None else self.name)
+
+
+_Records = Iterator[tuple[int, Mapping[str, Any]]]
+"""Records, each with its number, which counts from 1."""
+
+
+def _documents(config: DataConfig, files: Sequence[_File]) -> Iterator[_Document]:
+    """Every record that holds text, in order."""
+    if not files:
+        where = f"data.source: hub data set {config.source[0]!r}"
+        yield from _read(_hub_records(config, where), config, where=where, unit="record")
+    for kind, group in itertools.groupby(files, key=lambda file: file.kind):
+        paths = [file.path for file in group]
+        if kind == "text":
+            yield from _text_documents(paths)
+            continue
+        for path in paths:
+            where = f"data.source: {path}"
+            if kind == "json":
+                yield from _read(_json_records(path, where), config, where=where, unit="line")
+            else:
+                records = _parquet_records(path, config, where)
+                yield from _read(records, config, where=where, unit="record")
+
+
+def _text_documents(paths: Sequence[Path]) -> Iterator[_Document]:
+    # Opened together, since a corpus may be thousands of small files: one row is one file.
+    rows = _stream("text", paths, sample_by="document", encoding="utf-8-sig")
+    for path in paths:
+        with _readable(path):
+            _check_zst(path)
+            text = next(rows)["text"]
+        if not text.strip():
+            raise _empty(path)
+        yield _Document(text, None)
+
+
+def _json_records(path: Path, where: str) -> _Records:
+    # Lines, not the library's JSON reader: that one guesses types from the first megabytes, turns
+    # text that looks like a date into one, and stops at a record with a field it has not seen.
+    for number, row in _rows("text", path, sample_by="line", encoding="utf-8-sig"):
+        if not row["text"].strip():
+            continue
+        try:
+            record = json.loads(row["text"])
+        except ValueError as e:
+            raise DataError(
+                f"{where}: line {number} must be one JSON object, but is not JSON: {e}; repair it "
+                "or leave the file out"
+            ) from e
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{where}: line {number} must be one JSON object, but is of type "
+                f"{type(record).__name__}; write one object a line"
+            )
+        yield number, record
+
+
+def _parquet_records(path: Path, config: DataConfig, where: str) -> _Records:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    with _readable(path):
+        known = pyarrow.parquet.read_schema(path).names
+    for name in _fields(config):
+        if name not in known:
+            raise _missing_field(name, config, known, where=where)
+    # The batch size bounds memory, and a file without rows fails without it.
+    yield from _rows("parquet", path, columns=_fields(config), batch_size=1024)
+
+
+def _hub_records(config: DataConfig, where: str) -> _Records:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            config.source[0], config.subset, split=config.split, streaming=True
+        )
+        known = rows.column_names
+        if known is not None and set(_fields(config)) <= set(known):
+            # Images and audio beside the text would be decoded.
+            rows = rows.select_columns(_fields(config))
+        yield from enumerate(rows, 1)
+    # The library hands on whatever its HTTP client and the formats raise.
+    except Exception as e:
+        raise DataError(
+            f"{where} (subset {config.subset}, split {config.split}) cannot be read: "
+            f"{_one_line(e)}; check the network and the spelling of the names"
+        ) from e
+
+
+def _read(records: _Records, config: DataConfig, *, where: str, unit: str) -> Iterator[_Document]:
+    skipped = found = 0
+    for number, record in records:
+        for name in _fields(config):
+            if name not in record:
+                raise _missing_field(name, config, record, where=f"{where}: {unit} {number}")
+        text = record[config.text_field]
+        if text is None or text == "":
+            skipped += 1
+            continue
+        if not isinstance(text, str):
+            raise DataError(
+                f"{where}: {unit} {number}: field {config.text_field!r} must be text, but is of "
+                f"type {type(text).__name__}; name another in data.text_field"
+            )
+        document: str | None = None
+        if config.document_field is not None:
+            value = record[config.document_field]
+            if not isinstance(value, str | int):
+                raise DataError(
+                    f"{where}: {unit} {number}: field {config.document_field!r} must be text or a "
+                    f"number, but is of type {type(value).__name__}; name another in "
+                    "data.document_field"
+                )
+            document = _valid(str(value))
+        found += 1
+        yield _Document(_valid(text), document)
+    if found == 0:
+        raise DataError(
+            f"{where} must hold text, but no {unit} has any in field {config.text_field!r}; leave "
+            "it out, or name another field in data.text_field"
+        )
+    if skipped:
+        logger.info("data: skipped %d records without text; %s", skipped, where)
+
+
+def _fields(config: DataConfig) -> list[str]:
+    return [config.text_field, *([config.document_field] if config.document_field else [])]
+
+
+def _missing_field(name: str, config: DataConfig, known: Iterable[str], *, where: str) -> DataError:
+    setting = "data.text_field" if name == config.text_field else "data.document_field"
+    return DataError(
+        f"{where} must have a field {name!r}, but has {', '.join(known) or 'none'}; name one of "
+        f"them in {setting}"
+    )
+
+
+def _valid(text: str) -> str:
+    # JSON can spell half a surrogate pair, which is no character and which tokenizers refuse.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _rows(builder: str, path: Path, **options: Any) -> _Records:
+    """Rows of one file, numbered from 1.
+
+    Raises:
+        DataError: The file is damaged, or not what its name says.
+    """
+    rows = _stream(builder, [path], **options)
+    with _readable(path):
+        _check_zst(path)
+    for number in itertools.count(1):
+        with _readable(path):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield number, row
+
+
+def _stream(builder: str, paths: Sequence[Path], **options: Any) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    # The library takes names for globs.
+    names = [glob.escape(str(path)) for path in paths]
+    yield from datasets.load_dataset(
+        builder, data_files=names, split="train", streaming=True, **options
+    )
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except MohawkError:
+        raise
+    except UnicodeDecodeError as e:
+        raise DataError(
+            f"data.source: {path} must be text in UTF-8, but is not: {e}; convert it"
+        ) from e
+    # Decompressors and formats raise anything from EOFError to ArrowInvalid.
+    except Exception as e:
+        raise DataError(
+            f"data.source: {path} cannot be read: {_one_line(e)}; the file is damaged or not what "
+            "its name says"
+        ) from e
+
+
+def _check_zst(path: Path) -> None:
+    """Raise if a .zst file is cut short: its reader takes that for the end."""
+    if path.suffix.lower() != ".zst":
+        return
+    try:
+        import zstandard
+    except ImportError as e:
+        raise DataError(
+            f"data.source: {path} needs the zstandard package; run `pip install zstandard`"
+        ) from e
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            while chunk:
+                if frame.eof:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+                frame.decompress(chunk)
+                chunk = frame.unused_data
+    if not frame.eof:
+        raise EOFError("the file ends in the middle of its last frame")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet_datasets(*, local: bool) -> Iterator[None]:
+    """No progress bars; for local files, no messages beside our own and no use of the network.
+
+    The library would report each opened file to the hub, which without a network can take seconds.
+    """
+    import datasets
+
+    bars_disabled = datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
+    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.disable_progress_bars()
+    if local:
+        datasets.logging.set_verbosity(logging.CRITICAL)
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        datasets.logging.set_verbosity(verbosity)
+        if not bars_disabled:
+            datasets.enable_progress_bars()
+
+
+def _separator(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    name = config.separator
+    if name is None:
+        for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+            if token is not None:
+                return int(token)
+        raise DataError(
+            "data.separator: the tokenizer has neither an end-of-text nor a begin-of-text token; "
+            "name one of its tokens"
+        )
+    vocabulary = tokenizer.get_vocab()
+    if name in vocabulary:
+        return int(vocabulary[name])
+    tokens = tokenizer.encode(name, add_special_tokens=False)
+    if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
+        raise ConfigError(
+            f"data.separator: must be one token of the tokenizer, but {name!r} is "
+            f"{tokenizer.tokenize(name)}; leave it out to take {tokenizer.eos_token!r}"
+        )
+    return int(tokens[0])
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        described = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    else:
+        described = json.loads(backend.to_str())
+        # Left there by the last call, whoever made it.
+        described["truncation"] = described["padding"] = None
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(kw_only=True, slots=True)
+class _Packer:
+    """Tokens of one split, up to as many as are wanted."""
+
+    wanted: int
+    num_tokens: int = 0
+    num_documents: int = 0
+    num_waiting: int = 0
+    """Characters in the batch that is being gathered."""
+    chunks: list[np.ndarray[Any, np.dtype[np.int32]]] = field(default_factory=list)
+    document: str | None = None
+    """Name of the document that was met last."""
+
+    def is_full(self) -> bool:
+        return self.num_tokens >= self.wanted
+
+    def may_be_full(self) -> bool:
+        """Whether the waiting text is likely to be all that is missing."""
+        return self.num_waiting >= _MANY_CHARS_PER_TOKEN * (self.wanted - self.num_tokens)
+
+    def add(self, tokens: list[int], *, documents: int) -> None:
+        chunk = np.array(tokens[: self.wanted - self.num_tokens], dtype=np.int32)
+        self.chunks.append(chunk)
+        self.num_tokens += len(chunk)
+        self.num_documents += documents
+
+    def blocks(self, block_size: int) -> Tensor:
+        """``(num_blocks, block_size)``; a tail that fills no block is dropped."""
+        tokens = torch.from_numpy(np.concatenate([*self.chunks, np.empty(0, np.int32)]))
+        count = len(tokens) // block_size
+        return tokens[: count * block_size].view(count, block_size)
+
+
+class _Piece(NamedTuple):
+    split: str
+    text: str
+    starts: bool
+    """Whether a document starts here."""
+
+
+def _tokenise(
+    documents: Iterable[_Document],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    separator: int,
+    wanted: Mapping[str, int],
+) -> dict[str, _Packer]:
+    """Read documents until every split has the tokens it wants, or there are no more."""
+    packers = {split: _Packer(wanted=tokens) for split, tokens in wanted.items()}
+    batch: list[_Piece] = []
+    reported = time.monotonic()
+    for document in documents if any(wanted.values()) else ():
+        packer = packers.get(split := document.split)
+        if packer is None or packer.is_full():
+            continue
+        # Records that follow each other in a split and name one document are one text.
+        starts = document.name is None or document.name != packer.document
+        packer.document = document.name
+        for text in _pieces(document.text):
+            batch.append(_Piece(split, text, starts))
+            starts = False
+            packer.num_waiting += len(text)
+            if (
+                sum(p.num_waiting for p in packers.values()) >= _BATCH_CHARS
+                # Without this, little text would be read for long after there is enough.
+                or all(p.may_be_full() for p in packers.values())
+            ):
+                _encode(batch, tokenizer, packers, separator=separator)
+                batch = []
+                if packer.is_full():
+                    break
+        if all(p.is_full() for p in packers.values()):
+            break
+        if time.monotonic() - reported > _PROGRESS_SECONDS:
+            reported = time.monotonic()
+            logger.info("data: tokens so far: %s", _progress(packers))
+    _encode(batch, tokenizer, packers, separator=separator)
+    return packers
+
+
+def _encode(
+    batch: Sequence[_Piece],
+    tokenizer: PreTrainedTokenizerBase,
+    packers: Mapping[str, _Packer],
+    *,
+    separator: int,
+) -> None:
+    if not batch:
+        return
+    encoded = tokenizer(
+        [piece.text for piece in batch],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        # Blocks are shorter than the texts, so their length is nothing to warn of.
+        verbose=False,
+    )["input_ids"]
+    for split, packer in packers.items():
+        tokens: list[int] = []
+        documents = 0
+        for piece, ids in zip(batch, encoded, strict=True):
+            if piece.split != split:
+                continue
+            if packer.num_tokens + len(tokens) >= packer.wanted:
+                break
+            if piece.starts:
+                tokens.append(separator)
+                documents += 1
+            tokens += ids
+        packer.add(tokens, documents=documents)
+        packer.num_waiting = 0
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a long text between two words, where tokenizers cut as well.
+
+    A tokenizer holds a hundred times the size of each text in memory. Where the pieces begin
+    depends on nothing but the text.
+    """
+    start = 0
+    while len(text) - start > _PIECE_CHARS:
+        end = start + _PIECE_CHARS
+        spaces = list(_BETWEEN_WORDS.finditer(text, end - _PIECE_CHARS // 2, end))
+        if spaces:
+            end = spaces[-1].start()
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _progress(packers: Mapping[str, _Packer]) -> str:
+    return ", ".join(
+        f"{split} {packer.num_tokens:,} of {packer.wanted:,}" for split, packer in packers.items()
+    )
+
+
+def _fingerprint(split: str, tokens: Tensor) -> str:
+    digest = hashlib.sha256(f"{split}\n{tokens.shape[1]}\n".encode())
+    digest.update(tokens.to(torch.int32).contiguous().numpy().astype("<i4", copy=False).data)
+    return digest.hexdigest()
+
+
+def _make_cache(
+    folder: Path,
+    request: Mapping[str, Any],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    files: Sequence[_File],
+    separator: int,
+) -> None:
+    wanted = {split: blocks * config.block_size for split, blocks in request["blocks"].items()}
+    with _quiet_datasets(local=bool(files)):
+        documents = _documents(config, files)
+        packers = _tokenise(documents, tokenizer, separator=separator, wanted=wanted)
+    logger.info("data: tokens: %s", _progress(packers))
+    splits: dict[str, dict[str, Any]] = {}
+    try:
+        blocks = {split: packer.blocks(config.block_size) for split, packer in packers.items()}
+        _check_enough(blocks, packers, config, files)
+        for split, tokens in blocks.items():
+            save_tensors(folder / f"{split}.safetensors", {"tokens": tokens})
+            splits[split] = {
+                "documents": packers[split].num_documents,
+                "tokens": tokens.numel(),
+                "blocks": len(tokens),
+                "fingerprint": _fingerprint(split, tokens),
+            }
+        write_json(
+            folder / "meta.json",
+            {
+                "request": request,
+                "splits": splits,
+                "source": [str(file.path) for file in files] or config.source,
+                "versions": _versions(),
+            },
+        )
+    except OSError as e:
+        raise DataError(
+            f"data.cache: {folder} must be a folder that can be written, but: {e.strerror}"
+        ) from e
+
+
+def _check_enough(
+    blocks: Mapping[str, Tensor],
+    packers: Mapping[str, _Packer],
+    config: DataConfig,
+    files: Sequence[_File],
+) -> None:
+    short = [
+        f"{split} (has {tokens.numel():,} tokens in blocks of {config.block_size}, from "
+        f"{packers[split].num_documents} documents; needs {packers[split].wanted:,}"
+        + (f", {_SETTINGS[split]})" if split in _SETTINGS else ")")
+        for split, tokens in blocks.items()
+        if tokens.numel() < packers[split].wanted and (split != "bank" or len(tokens) == 0)
+    ]
+    if short:
+        small = ", ".join(f"{split} {percent}%" for split, percent in _PERCENT.items())
+        whole = " and a text file is one document" if any(f.kind == "text" for f in files) else ""
+        raise DataError(
+            f"data.source: too little text for {', '.join(short)}; documents are divided by hash "
+            f"({small}, bank the rest){whole}: add documents or lower these settings"
+        )
+
+
+def _read_cache(folder: Path, request: Mapping[str, Any]) -> dict[str, TokenBlocks] | None:
+    """What the cache holds for this request; None, with a logged line, if it is damaged."""
+    if not (folder / "meta.json").exists():
+        return None
+    try:
+        meta = read_json(folder / "meta.json")
+        if not isinstance(meta, dict) or meta.get("request") != request:
+            raise DamagedFile(f"{folder / 'meta.json'}: was written for another request")
+        blocks = {}
+        for split in request["blocks"]:
+            path = folder / f"{split}.safetensors"
+            tokens = load_tensors(path).get("tokens")
+            expected = (meta["splits"][split]["blocks"], request["block_size"])
+            if tokens is None or tokens.dtype != torch.int32 or tokens.shape != expected:
+                raise DamagedFile(f"{path}: must hold int32 tokens of shape {expected}")
+            blocks[split] = TokenBlocks(
+                split=split, tokens=tokens, fingerprint=meta["splits"][split]["fingerprint"]
+            )
+    except (DamagedFile, KeyError, TypeError, OSError) as e:
+        reason = str(e) if isinstance(e, MohawkError | OSError) else f"meta.json lacks {e}"
+        logger.warning("data: the cache in %s is damaged and made again: %s", folder, reason)
+        return None
+    return blocks
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in ("mohawk-nas", "datasets", "transformers", "tokenizers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions

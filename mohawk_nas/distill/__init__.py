@@ -1,0 +1,1 @@
+"""MOHAWK's three stages: ``matrix``, ``hidden`` and ``logits``."""

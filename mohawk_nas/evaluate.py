@@ -1,0 +1,159 @@
+"""How good a hybrid is, beside its teacher: perplexity, KL divergence and recall on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from mohawk_nas.config import StudyConfig, study_from_dict
+from mohawk_nas.errors import BankError, RunError
+from mohawk_nas.export.hf import load_hybrid
+from mohawk_nas.files import read_json
+from mohawk_nas.metrics import BlockFigures, evaluate_blocks, recall_probe
+from mohawk_nas.pipeline import Workbench, load_best
+from mohawk_nas.registry import load_plugin
+from mohawk_nas.reporting import SILENT, Reporter
+from mohawk_nas.student import assemble
+
+__all__ = ["Evaluation", "Target", "continue_text", "evaluate", "find_target"]
+
+CARD = "mohawk_nas.json"
+"""File in an exported folder that says which study it came from."""
+
+RECALL_LENGTH = 16
+"""Tokens of the string that the recall probe repeats."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """One model's figures on the test split."""
+
+    name: str
+    figures: BlockFigures
+    recall: float
+    """Share of a repeated random string that is predicted right, 0 to 1."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.figures.mean_cross_entropy)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """What a path given to ``evaluate`` or ``generate`` stands for."""
+
+    study: StudyConfig
+    model: Path | None
+    """Folder of a hybrid, if there is one."""
+    best: Path | None
+    """``best.yaml`` of the run, if this is one."""
+
+
+def find_target(path: str | Path) -> Target:
+    """Recognise an exported folder, a run's folder, its ``distill`` folder or its ``best.yaml``.
+
+    Raises:
+        RunError: It is none of these.
+    """
+    path = Path(path)
+    if (path / CARD).is_file():
+        return Target(study=study_from_dict(read_json(path / CARD)["study"]), model=path, best=None)
+    folder = path.parent if path.name == "best.yaml" or path.name == "distill" else path
+    best = folder / "best.yaml"
+    if not best.is_file():
+        raise RunError(
+            f"{path}: must be an exported folder or a run's folder with a best.yaml, but is neither"
+        )
+    model = folder / "distill" / "model"
+    return Target(
+        study=load_best(best).study,
+        model=model if (model / "config.json").is_file() else None,
+        best=best,
+    )
+
+
+def evaluate(target: Target, *, reporter: Reporter = SILENT) -> list[Evaluation]:
+    """Figures of the teacher, of the undistilled student where its bank is there, and of the model.
+
+    Raises:
+        DataError: The study's text cannot be read.
+    """
+    bench = Workbench(target.study, reporter)
+    for plugin in target.study.plugins:
+        load_plugin(Path(plugin))
+    rows = []
+    for name, model in _models(target, bench):
+        with reporter.stage(f"evaluating the {name}", total=None, unit="blocks"):
+            figures = evaluate_blocks(
+                bench.teacher,
+                model,
+                bench.blocks["test"],
+                batch_size=target.study.search.batch_size,
+            )
+            recall = recall_probe(model, vocab_size=bench.teacher.vocab_size, length=RECALL_LENGTH)
+        rows.append(Evaluation(name=name, figures=figures, recall=recall))
+    return rows
+
+
+@torch.no_grad()
+def continue_text(
+    target: Target, prompt: str, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+) -> str:
+    """The prompt with what the hybrid adds to it.
+
+    Args:
+        target: A distilled run, an export, or a run that has been searched only; then the
+            undistilled student speaks.
+        prompt: Text to continue.
+        max_new_tokens: At most so many are added.
+        temperature: Of the sampling; 0 takes the likeliest token.
+        seed: Of the sampling.
+    """
+    bench = Workbench(target.study)
+    for plugin in target.study.plugins:
+        load_plugin(Path(plugin))
+    if target.model is not None:
+        model = load_hybrid(target.model)
+        tokenizer = AutoTokenizer.from_pretrained(target.model)
+    else:
+        assert target.best is not None
+        model = assemble(bench.teacher, load_best(target.best).layout, bench.bank)
+        tokenizer = bench.teacher.tokenizer
+    # An empty prompt starts where a document starts.
+    tokens = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    inputs = torch.tensor([tokens], device=next(model.parameters()).device)
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    )
+    torch.manual_seed(seed)
+    out = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+    text: str = tokenizer.decode(out[0], skip_special_tokens=True)
+    return text
+
+
+def _models(target: Target, bench: Workbench) -> Iterator[tuple[str, Any]]:
+    yield "teacher", bench.teacher.model
+    if target.best is not None:
+        try:
+            yield (
+                "undistilled student",
+                assemble(bench.teacher, load_best(target.best).layout, bench.bank),
+            )
+        except BankError as e:
+            bench.reporter.say(f"the undistilled student is left out: {e}")
+    if target.model is not None:
+        name = "export" if target.best is None else "distilled student"
+        model = load_hybrid(target.model, dtype=torch.float32).to(bench.teacher.device)
+        yield name, model

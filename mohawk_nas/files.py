@@ -1,0 +1,162 @@
+"""Files that are either whole or not there: written beside, flushed and renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mohawk_nas.errors import MohawkError, TrainingError
+
+__all__ = [
+    "DamagedFile",
+    "atomic_write",
+    "load_metadata",
+    "load_tensors",
+    "read_json",
+    "save_tensors",
+    "write_json",
+]
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DamagedFile(MohawkError):
+    """A file is there but does not hold what it should; callers make it again, or say how."""
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, which takes its place once the block has ended well.
+
+    The block must create the file. Folders above it are made. After an error the temporary file is
+    gone and ``path`` is as it was; several processes may write the same file, and the last one
+    wins.
+
+    Raises:
+        TrainingError: The disk, or the user's share of it, is full.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        # Not every file system reports a full disk before the data are flushed.
+        _flush(beside)
+        os.replace(beside, path)
+        # The new name survives a power cut; some network disks cannot flush a folder.
+        with contextlib.suppress(OSError):
+            _flush(path.parent)
+    except OSError as e:
+        if e.errno not in _DISK_FULL:
+            raise
+        raise TrainingError(
+            f"{path}: no space left to write it ({_free(path.parent)} free); "
+            "make room, or name a folder on another disk"
+        ) from e
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON.
+
+    Raises:
+        TrainingError: The disk is full.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    with atomic_write(path) as beside:
+        beside.write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """What :func:`write_json` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DamagedFile: It is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise DamagedFile(f"{path}: must hold JSON, but does not: {e}") from e
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors; they may stand on any device but must not share memory.
+
+    Raises:
+        TrainingError: The disk is full.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as beside:
+        # Newer releases of safetensors rename a private temporary file onto this one, so it would
+        # be readable by its owner alone; the mode of an ordinary new file is kept for it.
+        beside.touch()
+        mode = beside.stat().st_mode
+        try:
+            save_file(plain, beside, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as e:
+            # The library gives the number of a system error in its text only.
+            if (code := re.search(r"\(os error (\d+)\)", str(e))) is not None:
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from e
+            raise
+        beside.chmod(mode)
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    They are mapped from the file and read when used; changing one does not change the file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DamagedFile: It is cut short, or not safetensors.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as e:
+        raise DamagedFile(f"{path}: must hold safetensors, but is damaged: {e}") from e
+    return tensors
+
+
+def load_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata that :func:`save_tensors` wrote with the tensors.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DamagedFile: It is cut short, or not safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as e:
+        raise DamagedFile(f"{path}: must hold safetensors, but is damaged: {e}") from e
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _free(folder: Path) -> str:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"

@@ -1,0 +1,183 @@
+"""What a model is measured by, defined once for objectives, distillation and evaluation.
+
+B batch (blocks), T tokens a block, D model width, V vocabulary. Everything is in nats a token and
+in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mohawk_nas.data import TokenBlocks
+from mohawk_nas.teacher import Teacher, logits_from_hidden
+
+__all__ = [
+    "BlockFigures",
+    "Paired",
+    "body",
+    "cross_entropy",
+    "evaluate_blocks",
+    "kl_divergence",
+    "kl_of_hidden",
+    "paired",
+    "recall_probe",
+]
+
+HEAD_VALUES = 2**26
+"""Logits computed at once: 256 MiB in float32."""
+
+
+def kl_divergence(
+    teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """Forward KL divergence of the next-token distributions.
+
+    Args:
+        teacher_logits: ``(..., V)``
+        student_logits: ``(..., V)``
+        temperature: Divides both logits.
+
+    Returns:
+        ``(...)``
+    """
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy of each token after a block's first one.
+
+    Args:
+        logits: ``(B, T, V)``
+        tokens: ``(B, T)``
+
+    Returns:
+        ``(B, T - 1)``
+    """
+    losses = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+    )
+    return losses.view(tokens.shape[0], -1)
+
+
+def body(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Last hidden state ``(B, T, D)`` of a causal LM, without its logits and without a cache."""
+    out = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    return out.last_hidden_state  # type: ignore[no-any-return]
+
+
+def kl_of_hidden(
+    teacher: Any, teacher_hidden: Tensor, student: Any, student_hidden: Tensor
+) -> Tensor:
+    """Mean KL divergence of each block, from last hidden states ``(B, T, D)``.
+
+    The logits are made for a few blocks at a time and never kept.
+
+    Returns:
+        ``(B,)``
+    """
+    parts = []
+    for rows in _row_chunks(teacher_hidden, teacher):
+        target = logits_from_hidden(teacher, teacher_hidden[rows])
+        parts.append(
+            kl_divergence(target, logits_from_hidden(student, student_hidden[rows])).mean(1)
+        )
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockFigures:
+    """Figures of one model on one split, one number a block."""
+
+    kl: tuple[float, ...]
+    cross_entropy: tuple[float, ...]
+
+    @property
+    def mean_kl(self) -> float:
+        return sum(self.kl) / len(self.kl)
+
+    @property
+    def mean_cross_entropy(self) -> float:
+        return sum(self.cross_entropy) / len(self.cross_entropy)
+
+
+@torch.no_grad()
+def evaluate_blocks(
+    teacher: Teacher, model: Any, blocks: TokenBlocks, *, batch_size: int
+) -> BlockFigures:
+    """KL divergence to the teacher and cross-entropy of a causal LM on every block."""
+    kl: list[float] = []
+    losses: list[float] = []
+    for start in range(0, len(blocks), batch_size):
+        indices = range(start, min(start + batch_size, len(blocks)))
+        tokens = blocks.batch(list(indices)).to(teacher.device)
+        targets, hidden = teacher.run(tokens), body(model, tokens)
+        kl += kl_of_hidden(teacher.model, targets, model, hidden).tolist()
+        for rows in _row_chunks(hidden, model):
+            logits = logits_from_hidden(model, hidden[rows])
+            losses += cross_entropy(logits, tokens[rows]).mean(1).tolist()
+    return BlockFigures(kl=tuple(kl), cross_entropy=tuple(losses))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Paired:
+    """A difference of two models' means over the same blocks, and its standard error."""
+
+    difference: float
+    standard_error: float
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the difference is below two standard errors."""
+        return abs(self.difference) < 2 * self.standard_error
+
+
+def paired(first: tuple[float, ...], second: tuple[float, ...]) -> Paired:
+    """``first - second``, block by block: far sharper than the two means' own errors."""
+    difference = torch.tensor(first, dtype=torch.float64) - torch.tensor(
+        second, dtype=torch.float64
+    )
+    count = difference.numel()
+    error = difference.std().item() / count**0.5 if count > 1 else float("inf")
+    return Paired(difference=difference.mean().item(), standard_error=error)
+
+
+@torch.no_grad()
+def recall_probe(
+    model: Any, *, vocab_size: int, length: int, num_sequences: int = 32, seed: int = 0
+) -> float:
+    """Share of tokens a model predicts right when a random string is repeated.
+
+    A string of ``length`` random tokens is followed by itself; the second copy, after its first
+    token, can only be known from the first.
+
+    Returns:
+        Accuracy, 0 to 1, of the most likely token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # The first ids of most vocabularies are control tokens and single bytes.
+    low = min(256, vocab_size // 2)
+    string = torch.randint(low, vocab_size, (num_sequences, length), generator=generator)
+    tokens = torch.cat([string, string], dim=1).to(next(model.parameters()).device)
+    right, count = 0, 0
+    for start in range(0, num_sequences, 8):
+        rows = tokens[start : start + 8]
+        hidden = body(model, rows)[:, length : 2 * length - 1]
+        guess = logits_from_hidden(model, hidden).argmax(-1)
+        right += int((guess == rows[:, length + 1 :]).sum())
+        count += guess.numel()
+    return right / count
+
+
+def _row_chunks(hidden: Tensor, model: Any) -> Iterator[slice]:
+    vocab = model.config.get_text_config().vocab_size
+    rows = max(1, HEAD_VALUES // (hidden.shape[1] * vocab))
+    for start in range(0, hidden.shape[0], rows):
+        yield slice(start, start + rows)

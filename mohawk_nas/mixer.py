@@ -1,0 +1,387 @@
+"""The contract between the engine and a mixer.
+
+A mixer is the part of a decoder layer that mixes tokens. Everything the engine asks of one stands
+in this file: a configuration that knows its cost before anything is built, the module, the state
+it keeps while decoding, and the view of the teacher's attention it may start from.
+
+B batch, T tokens, D model width, H heads of the mixer, P head width, N state size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from mohawk_nas.config import writable
+from mohawk_nas.errors import ConfigError, MixerError, did_you_mean
+from mohawk_nas.registry import Registry
+
+__all__ = [
+    "MIXERS",
+    "AttentionView",
+    "MatrixFactors",
+    "Mixer",
+    "MixerConfig",
+    "MixerState",
+    "Projections",
+    "build_mixer",
+    "mixer_config",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Projections:
+    """Weights of one attention layer, as ``nn.Linear`` stores them (out_features, in_features)."""
+
+    query: Tensor
+    """``(num_heads * head_dim, D)``"""
+    key: Tensor
+    """``(num_kv_heads * head_dim, D)``"""
+    value: Tensor
+    """``(num_kv_heads * head_dim, D)``"""
+    output: Tensor
+    """``(D, num_heads * head_dim)``"""
+    query_bias: Tensor | None
+    key_bias: Tensor | None
+    value_bias: Tensor | None
+    output_bias: Tensor | None
+    query_norm: nn.Module | None
+    """Norm between projection and rotary embedding, over a head or over all of them."""
+    key_norm: nn.Module | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionView:
+    """One attention layer of a stock Hugging Face model: its shape, and where to find the rest.
+
+    It may stand on the meta device; then only the shape is to be read.
+    """
+
+    layer_idx: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scaling: float
+    """Factor of the scores before softmax."""
+    sliding_window: int | None
+    module: nn.Module
+    """The attention module itself."""
+    rotary: nn.Module | None
+    """The model's rotary embedding: ``rotary(hidden, position_ids) -> (cos, sin)``."""
+
+    def projections(self) -> Projections:
+        """The layer's weights by role.
+
+        Raises:
+            MixerError: The layer keeps its weights in another form (fused or gated projections).
+        """
+        linear = {name: m for name, m in self.module.named_children() if isinstance(m, nn.Linear)}
+        roles = [linear.pop(f"{role}_proj", None) for role in "qkv"]
+        if None in roles or len(linear) != 1:
+            raise MixerError(
+                f"layer {self.layer_idx}: starting a mixer from attention needs separate query, "
+                f"key, value and output projections, but {type(self.module).__name__} has "
+                f"{[name for name, _ in self.module.named_children()]}; use init: random"
+            )
+        query, key, value = (role for role in roles if role is not None)
+        (output,) = linear.values()
+        expected = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim)
+        if (query.out_features, key.out_features) != expected:
+            raise MixerError(
+                f"layer {self.layer_idx}: query and key projections must have {expected} outputs, "
+                f"but have {(query.out_features, key.out_features)}; use init: random"
+            )
+        norms = [self._norm(role) for role in "qk"]
+        return Projections(
+            query=query.weight,
+            key=key.weight,
+            value=value.weight,
+            output=output.weight,
+            query_bias=query.bias,
+            key_bias=key.bias,
+            value_bias=value.bias,
+            output_bias=output.bias,
+            query_norm=norms[0],
+            key_norm=norms[1],
+        )
+
+    def _norm(self, role: str) -> nn.Module | None:
+        for name in (f"{role}_norm", f"{role}_layernorm"):
+            norm = getattr(self.module, name, None)
+            if isinstance(norm, nn.Module):
+                return norm
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatrixFactors:
+    """Factors of a mixing matrix ``(C B^T) * decay mask + diagonal``, one a head.
+
+    Entry (i, j), j <= i, is ``C_i . B_j * exp(sum of log_decay over j+1..i)``, plus ``diagonal``
+    where i = j. Stage 1 is computed from these without the matrix (method of MOHAWK, eq. 3).
+    """
+
+    c: Tensor
+    """``(B, H, T, N)``"""
+    b: Tensor
+    """``(B, H, T, N)``"""
+    log_decay: Tensor
+    """``(B, H, T)``, float32, never positive."""
+    diagonal: Tensor | None
+    """``(H,)``"""
+
+
+class MixerState(CacheLayerMixin):  # type: ignore[misc]
+    """What one mixer keeps while decoding: named tensors and the number of tokens seen.
+
+    It takes the place of the layer's key-value cache in a transformers ``Cache``, and counts the
+    tokens because a student may have no attention layer that would. Every tensor has the batch as
+    its first dimension, so that beams can be reordered whatever the mixer is.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: dict[str, Tensor] = {}
+        self.num_tokens = 0
+        self.is_initialized = True
+
+    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
+        """Nothing to do: the mixer makes its tensors when it first runs."""
+
+    def update(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        raise TypeError("a mixer's state holds no keys and values")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask that an attention layer beside this one would need."""
+        return self.num_tokens + int(query_length), 0
+
+    def get_seq_length(self) -> int:
+        return self.num_tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+    # The name that transformers used before 5.20.
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def offload(self) -> None:
+        """States are small and stay where they are."""
+
+    def prefetch(self) -> None:
+        """States are small and stay where they are."""
+
+    def reset(self) -> None:
+        self.tensors.clear()
+        self.num_tokens = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for name, tensor in self.tensors.items():
+            self.tensors[name] = tensor.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for name, tensor in self.tensors.items():
+            self.tensors[name] = tensor.index_select(0, indices.to(tensor.device))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("a recurrent state cannot be rolled back by some tokens")
+
+    def num_bytes(self) -> int:
+        """Bytes held now."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerConfig(ABC):
+    """Choices that make a mixer, and what the mixer costs in a given layer.
+
+    Subclasses add fields, all with defaults, and are registered under the stem of their file with
+    ``@MIXERS.register(name)``. What depends on the model comes with the view.
+    """
+
+    symbol: ClassVar[str]
+    """One letter, for printed layouts."""
+    keeps_attention: ClassVar[bool] = False
+    """Whether a layer with this candidate keeps the teacher's module untouched."""
+
+    init: Literal["attention", "random"] = "attention"
+    """Start from the layer's attention (fast to train), or as the mixer's paper starts it."""
+
+    @abstractmethod
+    def build(self, view: AttentionView) -> Mixer:
+        """The mixer for this layer, randomly initialised on the default device.
+
+        Raises:
+            MixerError: The configuration does not fit the layer.
+        """
+
+    @abstractmethod
+    def num_params(self, view: AttentionView) -> int:
+        """Parameters of the built mixer."""
+
+    @abstractmethod
+    def flops_per_token(self, view: AttentionView, context: int) -> int:
+        """Floating-point operations (two a multiply-add) to decode one token after ``context``."""
+
+    @abstractmethod
+    def state_bytes(
+        self, view: AttentionView, *, batch: int, context: int, bytes_per_element: int = 2
+    ) -> int:
+        """Bytes kept between tokens after ``context`` tokens of ``batch`` sequences."""
+
+
+class Mixer(nn.Module, ABC):
+    """A causal token mixer: ``forward = readout(mixing_matrix @ values)``.
+
+    Padding may stand on the left of a sequence; a padded position must change nothing at any other
+    and its own output is ignored. A mixer that is given a state continues where the state stands,
+    with one token or many, and leaves the state after the last one.
+    :class:`mohawk_nas.testing.MixerContract` tests all of this.
+    """
+
+    num_heads: int
+
+    @abstractmethod
+    def forward(
+        self, hidden: Tensor, *, mask: Tensor | None = None, cache: MixerState | None = None
+    ) -> Tensor:
+        """Mix tokens.
+
+        Args:
+            hidden: The layer's normalised input, ``(B, T, D)``.
+            mask: True at real tokens, False at padding, ``(B, T)``; None where all are real.
+            cache: State to continue from and to leave the new state in.
+
+        Returns:
+            What is added to the residual stream, ``(B, T, D)``.
+        """
+
+    @abstractmethod
+    def values(self, hidden: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """What the matrix mixes, ``(B, H, T, P)``."""
+
+    @abstractmethod
+    def readout(self, mixed: Tensor, hidden: Tensor) -> Tensor:
+        """Output ``(B, T, D)`` from mixed values ``(B, H, T, P)`` and the layer's input."""
+
+    @abstractmethod
+    def mixing_matrix(self, hidden: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Lower-triangular matrices ``(B, H, T, T)`` in float32; memory grows with T squared."""
+
+    def factors(self, hidden: Tensor, *, mask: Tensor | None = None) -> MatrixFactors | None:
+        """Factors of the mixing matrix, or None if it is not of that form."""
+        return None
+
+    def head_pairs(self, num_teacher_heads: int) -> Tensor:
+        """Teacher head that each head of this mixer is oriented to in stage 1, ``(H,)``.
+
+        Where the numbers differ, heads are spread evenly: head h is paired with teacher head
+        floor(h * teacher heads / H), so 32 heads over 24 pair three one to one and the fourth
+        twice.
+        """
+        heads = torch.arange(self.num_heads)
+        return torch.div(heads * num_teacher_heads, self.num_heads, rounding_mode="floor")
+
+    @torch.no_grad()
+    def init_from_attention(self, view: AttentionView) -> None:
+        """Start from the layer's attention weights instead of at random.
+
+        Raises:
+            MixerError: This mixer, or this configuration of it, cannot.
+        """
+        raise MixerError(f"{type(self).__name__} cannot start from attention; use init: random")
+
+    @torch.no_grad()
+    def calibrate(self, hidden: Tensor, target: Tensor, *, mask: Tensor | None = None) -> None:
+        """Scale the fresh mixer once to the teacher's output on the first batch.
+
+        Args:
+            hidden: ``(B, T, D)``
+            target: The teacher's output for it, ``(B, T, D)``.
+            mask: As in :meth:`forward`.
+        """
+
+    def new_state(self) -> Any:
+        """An empty state for decoding."""
+        return MixerState()
+
+
+MIXERS: Registry[MixerConfig] = Registry(
+    "mixer", package="mohawk_nas.mixers", entry_points="mohawk_nas.mixers"
+)
+
+
+def mixer_config(choices: Mapping[str, Any], *, where: str = "candidate") -> MixerConfig:
+    """The configuration that ``{"mixer": name, option: value, ...}`` describes.
+
+    Args:
+        choices: What stands in the YAML file for one candidate.
+        where: Dotted path for messages.
+
+    Raises:
+        ConfigError: Every unknown option and impossible value of this candidate.
+        RegistryError: No mixer has that name.
+    """
+    if not isinstance(choices, Mapping) or not isinstance(choices.get("mixer"), str):
+        raise ConfigError(f"{where}: a candidate must be a mapping with `mixer: NAME`")
+    cls = MIXERS.get(choices["mixer"])
+    known = [f.name for f in fields(cls)]
+    problems = []
+    merged = writable(cls)
+    for name, value in choices.items():
+        if name == "mixer":
+            continue
+        if name not in known:
+            hint = did_you_mean(name, known) or f" Options of {choices['mixer']}: {known}."
+            problems.append(f"{where}.{name}: unknown option.{hint}")
+            continue
+        try:
+            OmegaConf.update(merged, name, value)
+        except OmegaConfBaseException as e:
+            problems.append(f"{where}.{name}: {str(e).splitlines()[0]}")
+    if problems:
+        raise ConfigError(problems)
+    try:
+        built = OmegaConf.to_object(merged)
+    except (ValueError, OmegaConfBaseException) as e:
+        raise ConfigError(f"{where}: {str(e).splitlines()[0]}") from e
+    assert isinstance(built, MixerConfig)
+    return built
+
+
+def build_mixer(config: MixerConfig, view: AttentionView, *, seed: int | None = None) -> Mixer:
+    """Build and initialise one candidate for one layer.
+
+    Args:
+        config: The candidate.
+        view: The layer.
+        seed: With a seed the result depends on nothing else, and the global random state is left
+            as it was. None skips the seed and the start from attention: for weights that will be
+            loaded.
+    """
+    if seed is None:
+        return config.build(view)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mixer = config.build(view)
+    if config.init == "attention":
+        mixer.init_from_attention(view)
+    return mixer

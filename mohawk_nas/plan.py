@@ -1,0 +1,230 @@
+"""What a study will do, and what is wrong with it, before anything is run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mohawk_nas.config import StudyConfig
+from mohawk_nas.distill.trainer import num_steps
+from mohawk_nas.errors import ConfigError, InputError, TeacherError
+from mohawk_nas.mixer import Mixer
+from mohawk_nas.registry import load_plugin
+from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.space import SearchSpace, check_pins, load_candidates, load_space
+from mohawk_nas.search.study import SearchPlan, check_search, plan_search
+from mohawk_nas.teacher import Teacher, load_teacher, pick_device
+
+__all__ = ["Plan", "find_problems", "make_plan"]
+
+
+def find_problems(config: StudyConfig) -> list[str]:
+    """Every problem of a study that can be told without loading weights or reading text."""
+    problems: list[str] = []
+    for plugin in config.plugins:
+        _collect(problems, lambda path=plugin: load_plugin(Path(path)))
+    before = len(problems)
+    _collect(problems, lambda: load_candidates(config.space))
+    problems += check_pins(config.space)
+    space_ok = len(problems) == before
+    _collect(problems, lambda: pick_device(config.teacher.device))
+    problems += _missing_files(config.data.source)
+    try:
+        teacher = load_teacher(config.teacher, meta=True)
+    except TeacherError as e:
+        problems.append(str(e))
+        return problems + check_search(config.search)
+    if config.data.block_size > teacher.context:
+        problems.append(
+            f"data.block_size: must be at most {teacher.context}, the teacher's context, "
+            f"but got {config.data.block_size}"
+        )
+    if not space_ok:
+        return problems + check_search(config.search)
+    space: list[SearchSpace] = []
+    _collect(
+        problems, lambda: space.append(load_space(config.space, num_layers=teacher.num_layers))
+    )
+    if not space:
+        return problems + check_search(config.search)
+    budget = Budget(attention_layers=config.budget.attention_layers)
+    problems += check_search(config.search, space=space[0], budget=budget)
+    return problems + _misfits(config, teacher, space[0])
+
+
+def _collect(problems: list[str], attempt: Any) -> None:
+    try:
+        attempt()
+    except ConfigError as e:
+        problems += e.problems
+    except InputError as e:
+        problems.append(str(e))
+
+
+def _missing_files(sources: Iterable[str]) -> list[str]:
+    # Only what can be nothing but a file; a name without folder or ending may be a hub's data set.
+    problems = []
+    for source in sources:
+        path = Path(source)
+        if path.is_absolute() and not any(c in source for c in "*?[") and not path.exists():
+            problems.append(f"data.source: no such file: {source}")
+        elif any(c in path.name for c in "*?[") and not list(path.parent.glob(path.name)):
+            problems.append(f"data.source: no file matches {source}")
+    return problems
+
+
+def _misfits(config: StudyConfig, teacher: Teacher, space: SearchSpace) -> list[str]:
+    problems: list[str] = []
+    needs_factors = config.bank.matrix.tokens > 0
+    for name in space.replacements:
+
+        def build(name: str = name) -> None:
+            mixer = _on_meta(space, teacher, name)
+            if needs_factors and type(mixer).factors is Mixer.factors:
+                raise ConfigError(
+                    f"space.candidates.{name}: {type(mixer).__name__} offers no matrix factors, so "
+                    "stage 1 cannot train it; set bank.matrix.tokens to 0"
+                )
+
+        _collect(problems, build)
+    return problems
+
+
+def _on_meta(space: SearchSpace, teacher: Teacher, name: str) -> Mixer:
+    config = space.candidates[name]
+    with torch.device("meta"):
+        mixer = config.build(teacher.views[0])
+        if config.init == "attention":
+            mixer.init_from_attention(teacher.views[0])
+    return mixer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a search and the distillation after it will do, and the least it can cost."""
+
+    teacher_params: int
+    num_layers: int
+    candidate_params: dict[str, int]
+    """Replacement -> parameters in one layer."""
+    num_entries: int
+    """Bank entries to train, fewer if some are there already."""
+    bank_tokens: dict[str, int]
+    """Stage -> tokens."""
+    bank_steps: dict[str, int]
+    search: SearchPlan
+    score_tokens: int
+    """Tokens a layout is scored on."""
+    distill_tokens: dict[str, int]
+    memory_bytes: dict[str, int]
+    """Part -> bytes at the same time while the bank is trained."""
+    disk_bytes: int
+    """Finished bank; while it is trained, four times as much at most."""
+    flops: dict[str, float]
+    """Phase -> floating-point operations, counted."""
+    flops_per_second: float
+    """Of a matrix product in the teacher's type, measured on this machine just now."""
+    device: str
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Phase -> seconds below which it cannot be done here; real runs take a few times that."""
+        return {name: flops / self.flops_per_second for name, flops in self.flops.items()}
+
+
+def make_plan(config: StudyConfig) -> Plan:
+    """Plan a study on the meta device: no weights are loaded and no text is read.
+
+    Raises:
+        ConfigError: Every problem of the study.
+    """
+    if problems := find_problems(config):
+        raise ConfigError(problems)
+    teacher = load_teacher(config.teacher, meta=True)
+    space = load_space(config.space, num_layers=teacher.num_layers)
+    budget = Budget(attention_layers=config.budget.attention_layers)
+    plan = plan_search(config.search, space, budget)
+    view, length = teacher.views[0], config.data.block_size
+    params = {name: space.candidates[name].num_params(view) for name in space.replacements}
+    free = [i for i in range(space.num_layers) if space.pinned.get(i) not in ("attention",)]
+    entries = [
+        name
+        for i in free
+        for name in ([space.pinned[i]] if i in space.pinned else space.replacements)
+    ]
+    device = pick_device(config.teacher.device)
+    dtype = config.teacher.dtype
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    element = torch.finfo(getattr(torch, dtype)).bits // 8
+
+    vocab, width = teacher.vocab_size, view.d_model
+    model_params = sum(p.numel() for p in teacher.model.parameters())
+    body_params = model_params - sum(
+        p.numel() for p in teacher.model.get_input_embeddings().parameters()
+    )
+    if not teacher.model.config.tie_word_embeddings:
+        body_params -= vocab * width
+    # Two operations a parameter and token, and the two products of attention over half a block.
+    attention = 2 * length * view.num_heads * view.head_dim * teacher.num_layers
+    forward = 2 * body_params + attention
+    head = 2 * vocab * width
+    mixers = sum(space.candidates[name].flops_per_token(view, length) for name in entries)
+    # Stage 1 makes both matrices in the forward pass, again in the backward, and two gradients.
+    matrices = len(entries) * 4 * 2 * length * view.num_heads * view.head_dim
+    bank = config.bank
+    flops = {
+        "bank, stage 1": bank.matrix.tokens * (forward + 3 * mixers + matrices),
+        "bank, stage 2": bank.hidden.tokens * (forward + 3 * mixers),
+        "search": (plan.trials + sum(plan.probes.values()))
+        * config.search.tokens
+        * (forward + 2 * head),
+    }
+    logits = config.distill.logits
+    entry_params = sum(params[name] for name in entries)
+    batch_tokens = max(bank.hidden.batch_size, bank.matrix.batch_size) * length
+    return Plan(
+        teacher_params=model_params,
+        num_layers=teacher.num_layers,
+        candidate_params=params,
+        num_entries=len(entries),
+        bank_tokens={"matrix": bank.matrix.tokens, "hidden": bank.hidden.tokens},
+        bank_steps={
+            "matrix": num_steps(bank.matrix, length),
+            "hidden": num_steps(bank.hidden, length),
+        },
+        search=plan,
+        score_tokens=config.search.tokens,
+        distill_tokens={"hidden": config.distill.hidden.tokens, "logits": logits.tokens},
+        memory_bytes={
+            "teacher": model_params * element,
+            # Weights, gradients and the optimizer's two moments, in float32.
+            "candidates in training": entry_params * 16,
+            "one batch's hidden states": batch_tokens * width * element * 8,
+            "teacher's results on the search split": config.search.tokens * width * element,
+        },
+        disk_bytes=entry_params * 4,
+        flops={name: value for name, value in flops.items() if value},
+        flops_per_second=_measure_rate(device, getattr(torch, dtype)),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    )
+
+
+def _measure_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a square matrix product, the best of a few."""
+    size = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(4):
+        began = time.perf_counter()
+        product = a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+        del product
+    return best

@@ -1,0 +1,150 @@
+"""Names for things that users can add to: mixers and search strategies.
+
+A built-in is one file in a package, and the file's stem is its name, so listing the names imports
+nothing. A third party registers by an entry point or in a file that the study names under
+``plugins``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from mohawk_nas.errors import ConfigError, RegistryError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Maps names to classes of one kind.
+
+    Args:
+        kind: What is registered, in the singular, for messages ("mixer").
+        package: Package whose modules are the built-ins. A module registers its own stem when it
+            is imported, which happens when the name is first asked for. Modules whose name begins
+            with an underscore are helpers and carry no name.
+        entry_points: Entry-point group through which installed packages add names.
+    """
+
+    def __init__(self, kind: str, *, package: str, entry_points: str) -> None:
+        self.kind = kind
+        self._package = package
+        self._group = entry_points
+        self._items: dict[str, type[T]] = {}
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator that enters the class under ``name``.
+
+        Raises:
+            RegistryError: The name is taken by a class from another place.
+        """
+
+        def enter(item: type[T]) -> type[T]:
+            present = self._items.get(name)
+            if present is not None and _origin(present) != _origin(item):
+                raise RegistryError(
+                    f"{self.kind} {name!r} is already registered by {_origin(present)}; "
+                    f"{_origin(item)} must choose another name"
+                )
+            self._items[name] = item
+            return item
+
+        return enter
+
+    def get(self, name: str) -> type[T]:
+        """The class registered under ``name``; imports its module if need be.
+
+        Raises:
+            RegistryError: Nothing has this name; the message lists what there is.
+        """
+        if name not in self._items:
+            self._load(name)
+        if name not in self._items:
+            known = self.names()
+            raise RegistryError(
+                f"unknown {self.kind} {name!r}; available: {', '.join(known)}."
+                f"{did_you_mean(name, known)}"
+            )
+        return self._items[name]
+
+    def names(self) -> list[str]:
+        """Every name, sorted, without importing anything that is not loaded yet."""
+        return sorted({*self._items, *self._builtin_names(), *self._entry_points()})
+
+    def name_of(self, item: type[T]) -> str:
+        """The name that a class is registered under.
+
+        Raises:
+            RegistryError: It is not registered.
+        """
+        for name, known in self._items.items():
+            if known is item:
+                return name
+        raise RegistryError(f"{item.__qualname__} is not a registered {self.kind}")
+
+    def origin(self, name: str) -> str:
+        """File and line where the class behind ``name`` is defined."""
+        return _origin(self.get(name))
+
+    def _builtin_names(self) -> list[str]:
+        try:
+            package = importlib.import_module(self._package)
+        except ModuleNotFoundError as e:
+            if e.name != self._package:
+                raise
+            raise RegistryError(
+                f"package {self._package} is not found: this looks like a clone that is not "
+                "installed; run `pip install -e .` in it"
+            ) from e
+        modules = pkgutil.iter_modules(package.__path__)
+        return [module.name for module in modules if not module.name.startswith("_")]
+
+    def _entry_points(self) -> dict[str, importlib.metadata.EntryPoint]:
+        return {point.name: point for point in importlib.metadata.entry_points(group=self._group)}
+
+    def _load(self, name: str) -> None:
+        if name in self._builtin_names():
+            importlib.import_module(f"{self._package}.{name}")
+        elif (point := self._entry_points().get(name)) is not None:
+            self.register(name)(point.load())
+
+
+def load_plugin(path: Path) -> None:
+    """Import a user's Python file, so that what it registers takes part like a built-in.
+
+    The file is imported once per process, under a name made from its resolved path.
+
+    Raises:
+        ConfigError: The file does not exist or cannot be imported.
+    """
+    path = path.resolve()
+    if not path.is_file():
+        raise ConfigError(f"plugins: {path} must be a Python file, but there is none")
+    name = f"mohawk_nas_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"plugins: {path} must be a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        del sys.modules[name]
+        raise ConfigError(f"plugins: importing {path} failed: {type(e).__name__}: {e}") from e
+
+
+def _origin(item: type[Any]) -> str:
+    try:
+        return f"{inspect.getsourcefile(item)}:{inspect.getsourcelines(item)[1]}"
+    except (OSError, TypeError):
+        return f"{item.__module__}.{item.__qualname__}"

@@ -1,0 +1,274 @@
+"""What a study found, and how far it can be told from noise.
+
+Two layouts are compared block by block over the same text: the differences within a block spread
+far less than the blocks do. A layout counts as tied with another if the mean difference is at most
+two standard errors of that mean. The best layout was chosen on the same blocks, so its lead is
+flattered a little; the set of tied layouts is the honest answer of a search.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.scoring import Score
+from mohawk_nas.search.space import SearchSpace
+
+__all__ = [
+    "Comparison",
+    "LayerWorth",
+    "Placement",
+    "Probe",
+    "ProbeCost",
+    "StudyResult",
+    "Trial",
+    "compare",
+]
+
+TIED_WITHIN = 2.0
+"""Standard errors of the paired mean difference."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """A distinct layout on the budget that has been scored."""
+
+    number: int
+    """Place in the order of scoring, counted from 0."""
+    layout: Layout
+    score: Score
+    value: float
+    """Weighted sum of the objectives; lower is better."""
+    proposed_by: str
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """A layout that a selector had to look at, on or off the budget."""
+
+    layout: Layout
+    score: Score
+    charged_to: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeCost:
+    """What a selector's probes cost."""
+
+    asked: int
+    """Distinct layouts that the selector looked at: its cost if it were alone in the study."""
+    scored: int
+    """Those that nobody had scored before it."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """A layout against another over the same blocks."""
+
+    difference: float
+    """Mean over the blocks; above 0 means worse than the other."""
+    standard_error: float
+    """Of that mean; infinite with a single block, which tells nothing apart."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether the difference may be noise."""
+        return abs(self.difference) <= TIED_WITHIN * self.standard_error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerWorth:
+    """What it is worth to keep attention in a layer, by up to three views; pinned layers have none.
+
+    None where too little was scored.
+    """
+
+    fitted: Mapping[int, float] | None
+    """How much lower the value is if this layer keeps attention instead of an average one, by an
+    additive least-squares fit to the trials. With the number of attention layers fixed only
+    differences can be told, so these sum to 0."""
+    r_squared: float | None
+    """Of that fit, adjusted for its parameters: low means that layers interact."""
+    swap_one: Mapping[int, float] | None
+    """Value with only this layer replaced: high means it is needed."""
+    add_one_in: Mapping[int, float] | None
+    """Value with only this layer kept: low means it helps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where a layout stands among a study's trials."""
+
+    rank: int
+    """1 is the best."""
+    num_trials: int
+    versus_best: Comparison
+    trial: Trial | None
+    """The trial that scored this layout, if one did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResult:
+    """Everything a study knows once it has ended, or been interrupted."""
+
+    name: str
+    space: SearchSpace
+    budget: Budget
+    weights: Mapping[str, float]
+    """Objective -> weight."""
+    trials: tuple[Trial, ...]
+    """In the order of scoring."""
+    probes: tuple[Probe, ...]
+    baselines: Mapping[str, Layout]
+    """Label -> the layout of that name."""
+    asked: Mapping[str, int]
+    """Selector -> distinct layouts it looked at by probes."""
+    solved: bool
+    """Whether the best layout follows from the single layers' losses and needed no search."""
+
+    @cached_property
+    def ranking(self) -> tuple[Trial, ...]:
+        """Trials from best to worst; of two equal ones the earlier is first."""
+        return tuple(sorted(self.trials, key=lambda trial: (trial.value, trial.number)))
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the lowest value."""
+        return self.ranking[0]
+
+    @cached_property
+    def num_possible(self) -> int:
+        """Layouts of the space that meet the budget."""
+        return self.budget.count(self.space)
+
+    @property
+    def exhaustive(self) -> bool:
+        """Whether every layout that meets the budget was scored."""
+        return len(self.trials) == self.num_possible
+
+    @cached_property
+    def by_layout(self) -> dict[Layout, Trial]:
+        """The trial of each layout."""
+        return {trial.layout: trial for trial in self.trials}
+
+    @cached_property
+    def ties(self) -> tuple[Trial, ...]:
+        """Trials that cannot be told from the best within noise, the best itself left out."""
+        return tuple(t for t in self.ranking[1:] if self.versus_best(t).tied)
+
+    @cached_property
+    def probe_costs(self) -> dict[str, ProbeCost]:
+        """Selector -> what its probes cost, for selectors that made any."""
+        costs = {}
+        for name, asked in self.asked.items():
+            own = [probe for probe in self.probes if probe.charged_to == name]
+            seconds = math.fsum(probe.score.seconds for probe in own)
+            costs[name] = ProbeCost(asked=asked, scored=len(own), seconds=seconds)
+        return costs
+
+    @cached_property
+    def worth(self) -> LayerWorth:
+        """What each layer is worth."""
+        fitted = _fit(self.space, self.trials)
+        singles = _singles(self.space, self.weights, [*self.trials, *self.probes])
+        return LayerWorth(
+            fitted=fitted[0] if fitted else None,
+            r_squared=fitted[1] if fitted else None,
+            swap_one=singles[0],
+            add_one_in=singles[1],
+        )
+
+    def labels(self, layout: Layout) -> tuple[str, ...]:
+        """Baselines that name this layout."""
+        return tuple(label for label, named in self.baselines.items() if named == layout)
+
+    def versus_best(self, trial: Trial) -> Comparison:
+        """A trial against the best one."""
+        return compare(trial.score, self.best.score, self.weights)
+
+    def anytime(self) -> list[float]:
+        """The lowest value after 1, 2, ... distinct layouts, in the order of scoring."""
+        values: list[float] = []
+        for trial in self.trials:
+            values.append(min(trial.value, values[-1]) if values else trial.value)
+        return values
+
+    def place(self, layout: Layout, score: Score) -> Placement:
+        """Where any layout's score stands among the trials."""
+        value = score.value(self.weights)
+        others = [trial for trial in self.trials if trial.layout != layout]
+        return Placement(
+            rank=1 + sum(trial.value < value for trial in others),
+            num_trials=len(others) + 1,
+            versus_best=compare(score, self.best.score, self.weights),
+            trial=self.by_layout.get(layout),
+        )
+
+
+def compare(one: Score, other: Score, weights: Mapping[str, float]) -> Comparison:
+    """Paired comparison of two scores over the same blocks."""
+    values = one.value(weights), other.value(weights)
+    if not all(map(math.isfinite, values)):
+        difference = 0.0 if values[0] == values[1] else values[0] - values[1]
+        return Comparison(difference=difference, standard_error=0.0)
+    pairs = zip(one.blocks(weights), other.blocks(weights), strict=True)
+    differences = [a - b for a, b in pairs]
+    error = math.inf
+    if len(differences) > 1:
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return Comparison(difference=statistics.fmean(differences), standard_error=error)
+
+
+def _fit(space: SearchSpace, trials: tuple[Trial, ...]) -> tuple[dict[int, float], float] | None:
+    free = space.free_layers
+    usable = [trial for trial in trials if math.isfinite(trial.value)]
+    # As many parameters as free layers: their effects, which sum to 0, and a constant.
+    spare = len(usable) - len(free)
+    if not free or spare < 3:
+        return None
+    kept = np.array([[t.layout[layer] == ATTENTION for layer in free] for t in usable], dtype=float)
+    values = np.array([trial.value for trial in usable])
+    kept, values = kept - kept.mean(axis=0), values - values.mean()
+    # Every layout keeps as many layers, so the centred columns sum to 0; the smallest solution is
+    # then the one whose effects sum to 0 as well.
+    effects, _, rank, _ = np.linalg.lstsq(kept, values, rcond=None)
+    total = float(values @ values)
+    if rank < len(free) - 1 or total == 0:
+        return None
+    residual = values - kept @ effects
+    r_squared = 1 - float(residual @ residual) / spare / (total / (len(usable) - 1))
+    return dict(zip(free, (-float(e) for e in effects), strict=True)), r_squared
+
+
+def _singles(
+    space: SearchSpace, weights: Mapping[str, float], scored: list[Trial | Probe]
+) -> tuple[dict[int, float] | None, dict[int, float] | None]:
+    # Layouts in which one free layer differs from all others, whoever had them scored. With several
+    # candidates a layer may have several such layouts; the best of them stands for it.
+    replaced: dict[int, float] = {}
+    added: dict[int, float] = {}
+    for item in scored:
+        kept = [layer for layer in space.free_layers if item.layout[layer] == ATTENTION]
+        value = item.score.value(weights)
+        if len(kept) == len(space.free_layers) - 1:
+            (layer,) = set(space.free_layers) - set(kept)
+            replaced[layer] = min(value, replaced.get(layer, math.inf))
+        if len(kept) == 1:
+            added[kept[0]] = min(value, added.get(kept[0], math.inf))
+
+    def complete(found: dict[int, float]) -> dict[int, float] | None:
+        return (
+            dict(sorted(found.items())) if found and len(found) == len(space.free_layers) else None
+        )
+
+    return complete(replaced), complete(added)

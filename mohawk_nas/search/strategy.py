@@ -1,0 +1,178 @@
+"""The contract between a study and whatever chooses its layouts.
+
+A strategy proposes one layout at a time, knowing what has been scored so far. A selector is a
+strategy that names all its layouts at once, from rules or from probes; every selector can also be
+entered as a baseline of a study. Both are registered under the stem of their file in
+``strategies/``; a third party's takes part through an entry point or the study's ``plugins``.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.registry import Registry
+from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.scoring import Score
+from mohawk_nas.search.space import SearchSpace
+
+__all__ = [
+    "STRATEGIES",
+    "Proposal",
+    "SearchContext",
+    "Selector",
+    "Strategy",
+    "local_replacement",
+    "random_unseen",
+    "solve_local",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proposal:
+    """A layout to score next."""
+
+    layout: Layout
+    proposed_by: str
+    """Strategy's name; where it has several ways to choose, ``name:way``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchContext:
+    """What a strategy may know and do."""
+
+    space: SearchSpace
+    budget: Budget
+    weights: Mapping[str, float]
+    """Objective -> weight, for the value of a score."""
+    finished: Sequence[tuple[Layout, float]]
+    """Scored layouts and their values, in the order in which they were scored."""
+    pending: Sequence[Layout]
+    """Layouts that are being scored by others at this moment."""
+    seed: int
+    """Follows from the study's seed and the number of finished trials, so that a resumed study
+    proposes what an unbroken one would have."""
+    probe: Callable[[Layout], Score]
+    """Scores any layout of the space, also one that is off the budget. Nothing is scored twice;
+    what had to be scored is kept apart from the trials and charged to the strategy."""
+    stage2_losses: Callable[[], Mapping[tuple[int, str], float]]
+    """(layer, candidate) -> relative stage-2 distance on the search split."""
+
+    @cached_property
+    def seen(self) -> frozenset[Layout]:
+        """Layouts that must not be proposed again."""
+        return frozenset([*(layout for layout, _ in self.finished), *self.pending])
+
+    @property
+    def num_kept(self) -> int:
+        """Free layers that keep attention in a layout on the budget."""
+        return self.budget.num_free(self.space)
+
+    def value(self, layout: Layout) -> float:
+        """The study's objective for any layout, by a probe."""
+        return self.probe(layout).value(self.weights)
+
+    def keeping(self, layers: Iterable[int]) -> Layout:
+        """Attention in these free layers, the replacement that suits a layer best in the others.
+
+        With several candidates that is the one with the smallest relative stage-2 loss there.
+        """
+        kept = set(layers)
+        return self.space.fill(
+            {
+                layer: ATTENTION if layer in kept else self._replacement(layer)
+                for layer in self.space.free_layers
+            }
+        )
+
+    def keep_top(self, worth: Mapping[int, float]) -> Layout:
+        """Keep the free layers that are worth most, the lower layer where two are equal."""
+        ranked = sorted(self.space.free_layers, key=lambda layer: (-worth[layer], layer))
+        return self.keeping(ranked[: self.num_kept])
+
+    def _replacement(self, layer: int) -> str:
+        if len(self.space.replacements) == 1:
+            return self.space.replacements[0]
+        return local_replacement(self.space, self.stage2_losses(), layer)
+
+
+class Strategy(ABC):
+    """Chooses layouts, one after the other. Keeps nothing between two calls."""
+
+    @abstractmethod
+    def propose(self, context: SearchContext) -> Proposal | None:
+        """The next layout, on the budget and not seen before; None when there is no other."""
+
+
+class Selector(Strategy):
+    """Names its layouts up front. As the study's strategy it proposes them one by one."""
+
+    @abstractmethod
+    def layouts(self, context: SearchContext) -> list[tuple[str, Layout]]:
+        """Labelled layouts on the budget; a label is unique and starts with the selector's name.
+
+        Called again when a study resumes, and then its probes cost nothing. It must not look at
+        the finished trials.
+        """
+
+    def num_probes(self, space: SearchSpace, budget: Budget) -> int:
+        """Layouts that :meth:`layouts` will look at by probes, for planning."""
+        return 0
+
+    def propose(self, context: SearchContext) -> Proposal | None:
+        for label, layout in self.layouts(context):
+            if layout not in context.seen:
+                return Proposal(layout=layout, proposed_by=label)
+        return None
+
+
+STRATEGIES: Registry[Strategy] = Registry(
+    "strategy", package="mohawk_nas.search.strategies", entry_points="mohawk_nas.strategies"
+)
+
+
+def random_unseen(
+    space: SearchSpace, budget: Budget, seen: Collection[Layout], rng: random.Random
+) -> Layout | None:
+    """A layout on the budget that is not among ``seen``, all with the same chance.
+
+    Args:
+        space: Where to draw.
+        budget: What the layout must meet.
+        seen: Distinct layouts, all of them on the budget.
+        rng: Where the chance comes from.
+
+    Returns:
+        None if every layout was seen.
+    """
+    # Drawing until one is new takes two draws at most on average, as long as half of them are new.
+    if 2 * len(seen) < budget.count(space):
+        while (layout := budget.random(space, rng)) in seen:
+            pass
+        return layout
+    unseen = [layout for layout in budget.enumerate(space) if layout not in seen]
+    return rng.choice(unseen) if unseen else None
+
+
+def local_replacement(
+    space: SearchSpace, losses: Mapping[tuple[int, str], float], layer: int
+) -> str:
+    """The candidate with the smallest relative stage-2 loss in a layer."""
+    return min(space.replacements, key=lambda name: losses[layer, name])
+
+
+def solve_local(
+    space: SearchSpace, budget: Budget, losses: Mapping[tuple[int, str], float]
+) -> Layout:
+    """The layout on the budget with the smallest sum of stage-2 losses.
+
+    A layer's loss does not depend on the other layers, so with the number of attention layers fixed
+    the optimum keeps attention where the best replacement loses most.
+    """
+    best = {layer: local_replacement(space, losses, layer) for layer in space.free_layers}
+    ranked = sorted(space.free_layers, key=lambda layer: (-losses[layer, best[layer]], layer))
+    return space.fill(best | dict.fromkeys(ranked[: budget.num_free(space)], ATTENTION))

@@ -1,0 +1,136 @@
+"""The student: the teacher with other mixers in some layers' attention slots.
+
+B batch, T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.mixer import Mixer, MixerState
+from mohawk_nas.teacher import Slot, Teacher, find_attention
+
+__all__ = ["MixerSlot", "MixerSource", "Padding", "assemble", "install_mixers"]
+
+
+class MixerSource(Protocol):
+    """Where an assembled student's mixers come from; a bank is one."""
+
+    def mixer(self, layer: int, candidate: str) -> Mixer:
+        """The trained mixer of one candidate in one layer."""
+        ...
+
+
+class Padding:
+    """The padding mask of the forward pass that is running, for every mixer of one student.
+
+    By the time a mask reaches a layer, transformers has made it None, 2D or 4D depending on the
+    attention back end. Mixers want the plain one, so it is read where it enters the model.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+
+    def remember(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model's body."""
+        mask = kwargs.get("attention_mask")
+        if len(args) > 1:
+            bound = inspect.signature(body.forward).bind_partial(*args, **kwargs)
+            mask = bound.arguments.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise ValueError(
+                "a student with other mixers than attention needs `attention_mask` of shape "
+                f"(batch, tokens), but got {getattr(mask, 'shape', type(mask).__name__)}"
+            )
+        self.mask = mask
+
+    def of_last(self, num_tokens: int) -> Tensor | None:
+        """True at real tokens among the newest ones, ``(B, num_tokens)``."""
+        return None if self.mask is None else self.mask[:, -num_tokens:].bool()
+
+
+class MixerSlot(nn.Module):
+    """Stands where a layer's attention stood, and is called the way transformers calls that."""
+
+    def __init__(self, mixer: Mixer, *, layer_idx: int, padding: Padding) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.layer_idx = layer_idx
+        self._padding = padding
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        state = None if past_key_values is None else self._state(past_key_values)
+        mask = self._padding.of_last(hidden_states.shape[1])
+        return self.mixer(hidden_states, mask=mask, cache=state), None
+
+    def _state(self, cache: Any) -> MixerState:
+        # The cache was made for attention everywhere; this layer's place in it is taken over when
+        # the layer first runs.
+        layers = getattr(cache, "layers", None)
+        if layers is None:
+            raise TypeError(f"a student needs a transformers Cache, but got {type(cache).__name__}")
+        while len(layers) <= self.layer_idx:
+            layers.append(cache.layer_class_to_replicate())
+        state = layers[self.layer_idx]
+        if not isinstance(state, MixerState):
+            state = layers[self.layer_idx] = self.mixer.new_state()
+        return state
+
+
+def assemble(teacher: Teacher, layout: Layout, bank: MixerSource, *, share: bool = True) -> Any:
+    """The hybrid that a layout describes: a plain causal LM of the teacher's own class.
+
+    Args:
+        teacher: Left as it is.
+        layout: One candidate a layer. Layers with ``attention`` keep the teacher's module.
+        bank: Where the other layers' mixers come from.
+        share: Share every weight with the teacher and the bank: assembling costs no memory, and
+            training the student would train them. False copies all of it.
+
+    Returns:
+        The student, in eval mode. It shares no configuration object with the teacher.
+
+    Raises:
+        LayoutError: The layout has another number of layers than the teacher.
+    """
+    layout.check(sorted({ATTENTION, *layout.candidates}), num_layers=teacher.num_layers)
+    mixers = {i: bank.mixer(i, layout[i]) for i in layout.replaced_layers}
+    memo: dict[int, Any] = {}
+    if share:
+        # deepcopy takes what is in its memo for a finished copy, so modules and configurations are
+        # copied and tensors are not.
+        tensors = [*teacher.model.parameters(), *teacher.model.buffers()]
+        memo = {id(tensor): tensor for tensor in tensors}
+    for i in mixers:
+        # Replaced anyway.
+        memo[id(teacher.slots[i].get(teacher.model))] = None
+    student = copy.deepcopy(teacher.model, memo)
+    if not share:
+        mixers = {i: copy.deepcopy(mixer) for i, mixer in mixers.items()}
+    install_mixers(student, mixers, teacher.slots)
+    return student.eval()
+
+
+def install_mixers(model: Any, mixers: dict[int, Mixer], slots: list[Slot] | None = None) -> Any:
+    """Hang mixers into a causal LM's attention slots, in place.
+
+    Args:
+        model: A stock causal LM.
+        mixers: Layer -> mixer.
+        slots: Where the slots are; looked up in the model if None.
+    """
+    slots = find_attention(model) if slots is None else slots
+    if not mixers:
+        return model
+    padding = Padding()
+    for i, mixer in mixers.items():
+        slots[i].put(model, MixerSlot(mixer, layer_idx=i, padding=padding))
+    model.base_model.register_forward_pre_hook(padding.remember, with_kwargs=True)
+    return model

