@@ -191,12 +191,9 @@ class Mamba2Mixer(Mixer):
         weights = view.projections()
         groups = view.num_heads // view.num_kv_heads
 
-        def widen(tensor: Tensor | None, repeats: int) -> Tensor | None:
-            if tensor is None:
-                return None
-            return (
-                tensor.unflatten(0, (-1, view.head_dim)).repeat_interleave(repeats, 0).flatten(0, 1)
-            )
+        def widen(tensor: Tensor, repeats: int) -> Tensor:
+            heads: Tensor = tensor.unflatten(0, (-1, view.head_dim))
+            return heads.repeat_interleave(repeats, 0).flatten(0, 1).to(self.D)
 
         roles = [
             (weights.value, weights.value_bias, groups),
@@ -206,9 +203,9 @@ class Mamba2Mixer(Mixer):
         start = 0
         for (weight, bias, repeats), width in zip(roles, self.widths, strict=True):
             rows = slice(start, start + width)
-            self.in_proj.weight[rows] = widen(weight, repeats).to(self.in_proj.weight)
+            self.in_proj.weight[rows] = widen(weight, repeats)
             if bias is not None:
-                self.in_proj.bias[rows] = widen(bias, repeats).to(self.in_proj.bias)
+                self.in_proj.bias[rows] = widen(bias, repeats)
             start += width
         self.out_proj.weight.copy_(weights.output)
         if weights.output_bias is not None:
@@ -289,7 +286,8 @@ class Mamba2Mixer(Mixer):
             before = inputs.new_zeros(inputs.shape[0], reach, inputs.shape[2])
         window = torch.cat([before, inputs], dim=1)
         if cache is not None:
-            cache.tensors["conv"] = window[:, window.shape[1] - reach :]
+            # A copy, since a slice would keep all of the prompt in memory.
+            cache.tensors["conv"] = window[:, window.shape[1] - reach :].clone()
         length = inputs.shape[1]
         # A few shifted products: on a CPU faster than a grouped convolution of one channel a group.
         out = self.conv_bias.expand_as(inputs)
@@ -326,9 +324,13 @@ def _widened(norm: nn.Module | None, view: AttentionView) -> nn.Module | None:
     """A copy of a query or key norm that fits all of the mixer's heads."""
     if norm is None:
         return None
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1:
+        raise MixerError(
+            f"layer {view.layer_idx}: starting mamba2 from attention needs query and key norms "
+            f"with one weight a channel, but {type(norm).__name__} has none; use init: random"
+        )
     norm = copy.deepcopy(norm)
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
     groups = view.num_heads // view.num_kv_heads
     if weight.numel() == view.num_kv_heads * view.head_dim and groups > 1 and view.num_kv_heads > 1:
         # One norm over all key heads: repeated heads have the same statistics.

@@ -216,7 +216,9 @@ class Bank:
     def _save_partial(self, job: LayerJob) -> None:
         assert job.optimizer is not None
         tensors = {f"mixer.{name}": t for name, t in job.mixer.state_dict().items()}
-        names = {parameter: name for name, parameter in job.mixer.named_parameters()}
+        names: dict[Tensor, str] = {
+            parameter: name for name, parameter in job.mixer.named_parameters()
+        }
         for parameter, state in job.optimizer.state.items():
             for slot, value in state.items():
                 tensors[f"optimizer.{slot}.{names[parameter]}"] = value

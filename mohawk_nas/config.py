@@ -194,7 +194,7 @@ class LogitsConfig(StageConfig):
     trainable: Literal["mixers", "all_but_mlp", "all"] = "all"
     """What is trained."""
     accumulate: int = 1
-    """Steps whose gradients are added before the weights move; ``batch_size`` counts one of them."""
+    """Batches whose gradients are added before the weights move."""
     validate_steps: int = 50
     """Optimizer steps between two looks at the validation split."""
     checkpoint_steps: int = 50
@@ -331,8 +331,8 @@ def writable(cls: type) -> DictConfig:
     Merging would do for single values, but it would add a mapping to its default's entries where
     the user means to replace them.
     """
-    config = OmegaConf.structured(cls)
-    nodes = [config]
+    config: DictConfig = OmegaConf.structured(cls)
+    nodes: list[DictConfig] = [config]
     while nodes:
         node = nodes.pop()
         OmegaConf.set_readonly(node, None)
@@ -344,7 +344,8 @@ def writable(cls: type) -> DictConfig:
 
 def dump(config: Any) -> str:
     """YAML text of a configuration dataclass, which :func:`study_from_dict` reads back."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=100)
+    return text
 
 
 def plain(value: Any) -> Any:
@@ -534,7 +535,8 @@ def _check(study: StudyConfig) -> list[str]:
     logits = distill.logits
     need(
         0 <= logits.hard_label_weight <= 1,
-        f"distill.logits.hard_label_weight: must lie within 0 and 1, got {logits.hard_label_weight}",
+        "distill.logits.hard_label_weight: must lie within 0 and 1, but got "
+        f"{logits.hard_label_weight}",
     )
     need(
         logits.temperature > 0,

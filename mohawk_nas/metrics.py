@@ -19,14 +19,15 @@ from mohawk_nas.teacher import Teacher, logits_from_hidden
 
 __all__ = [
     "BlockFigures",
-    "Paired",
     "body",
     "cross_entropy",
     "evaluate_blocks",
     "kl_divergence",
     "kl_of_hidden",
-    "paired",
+    "kl_to",
+    "log_probabilities",
     "recall_probe",
+    "row_chunks",
 ]
 
 HEAD_VALUES = 2**26
@@ -73,6 +74,11 @@ def body(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     return out.last_hidden_state  # type: ignore[no-any-return]
 
 
+def log_probabilities(model: Any, hidden: Tensor) -> Tensor:
+    """Log-probabilities of the next token, ``(B, T, V)`` in float32, from hidden states."""
+    return F.log_softmax(logits_from_hidden(model, hidden).float(), dim=-1)
+
+
 def kl_of_hidden(
     teacher: Any, teacher_hidden: Tensor, student: Any, student_hidden: Tensor
 ) -> Tensor:
@@ -84,12 +90,16 @@ def kl_of_hidden(
         ``(B,)``
     """
     parts = []
-    for rows in _row_chunks(teacher_hidden, teacher):
-        target = logits_from_hidden(teacher, teacher_hidden[rows])
-        parts.append(
-            kl_divergence(target, logits_from_hidden(student, student_hidden[rows])).mean(1)
-        )
+    for rows in row_chunks(teacher_hidden, teacher):
+        target = log_probabilities(teacher, teacher_hidden[rows])
+        parts.append(kl_to(target, student, student_hidden[rows]))
     return torch.cat(parts)
+
+
+def kl_to(target: Tensor, student: Any, student_hidden: Tensor) -> Tensor:
+    """Mean KL divergence of each block to the teacher's log-probabilities ``(B, T, V)``."""
+    log_probs = log_probabilities(student, student_hidden)
+    return F.kl_div(log_probs, target, reduction="none", log_target=True).sum(-1).mean(1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,33 +130,10 @@ def evaluate_blocks(
         tokens = blocks.batch(list(indices)).to(teacher.device)
         targets, hidden = teacher.run(tokens), body(model, tokens)
         kl += kl_of_hidden(teacher.model, targets, model, hidden).tolist()
-        for rows in _row_chunks(hidden, model):
+        for rows in row_chunks(hidden, model):
             logits = logits_from_hidden(model, hidden[rows])
             losses += cross_entropy(logits, tokens[rows]).mean(1).tolist()
     return BlockFigures(kl=tuple(kl), cross_entropy=tuple(losses))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Paired:
-    """A difference of two models' means over the same blocks, and its standard error."""
-
-    difference: float
-    standard_error: float
-
-    @property
-    def within_noise(self) -> bool:
-        """Whether the difference is below two standard errors."""
-        return abs(self.difference) < 2 * self.standard_error
-
-
-def paired(first: tuple[float, ...], second: tuple[float, ...]) -> Paired:
-    """``first - second``, block by block: far sharper than the two means' own errors."""
-    difference = torch.tensor(first, dtype=torch.float64) - torch.tensor(
-        second, dtype=torch.float64
-    )
-    count = difference.numel()
-    error = difference.std().item() / count**0.5 if count > 1 else float("inf")
-    return Paired(difference=difference.mean().item(), standard_error=error)
 
 
 @torch.no_grad()
@@ -176,7 +163,8 @@ def recall_probe(
     return right / count
 
 
-def _row_chunks(hidden: Tensor, model: Any) -> Iterator[slice]:
+def row_chunks(hidden: Tensor, model: Any) -> Iterator[slice]:
+    """Rows of ``(B, T, D)`` whose logits may be alive at once."""
     vocab = model.config.get_text_config().vocab_size
     rows = max(1, HEAD_VALUES // (hidden.shape[1] * vocab))
     for start in range(0, hidden.shape[0], rows):

@@ -116,11 +116,14 @@ class Workbench:
     def scorer(self) -> BankScorer:
         """Scores layouts as ``search.evaluation`` says."""
         search = self.config.search
-        parts = (self.teacher, self.bank, self.blocks["search"])
-        options = {"weights": search.objective, "batch_size": search.batch_size}
-        if search.evaluation == "per_trial":
-            return PerTrialScorer(*parts, reporter=SILENT, **options)
-        return BankScorer(*parts, **options)
+        kind = PerTrialScorer if search.evaluation == "per_trial" else BankScorer
+        return kind(
+            self.teacher,
+            self.bank,
+            self.blocks["search"],
+            weights=search.objective,
+            batch_size=search.batch_size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

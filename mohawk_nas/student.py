@@ -64,9 +64,16 @@ class MixerSlot(nn.Module):
         self._padding = padding
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        state = None if past_key_values is None else self._state(past_key_values)
+        # Some families (GPT-NeoX) hand the cache on under its older name.
+        cache = layer_past if past_key_values is None else past_key_values
+        state = None if cache is None else self._state(cache)
         mask = self._padding.of_last(hidden_states.shape[1])
         return self.mixer(hidden_states, mask=mask, cache=state), None
 
@@ -78,9 +85,9 @@ class MixerSlot(nn.Module):
             raise TypeError(f"a student needs a transformers Cache, but got {type(cache).__name__}")
         while len(layers) <= self.layer_idx:
             layers.append(cache.layer_class_to_replicate())
-        state = layers[self.layer_idx]
-        if not isinstance(state, MixerState):
-            state = layers[self.layer_idx] = self.mixer.new_state()
+        if not isinstance(layers[self.layer_idx], MixerState):
+            layers[self.layer_idx] = self.mixer.new_state()
+        state: MixerState = layers[self.layer_idx]
         return state
 
 

@@ -207,7 +207,7 @@ def find_attention(model: Any) -> list[Slot]:
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=head_dim,
             scaling=float(getattr(module, "scaling", head_dim**-0.5)),
-            sliding_window=getattr(module, "sliding_window", None),
+            sliding_window=_window(config, module, layer),
             module=module,
             rotary=rotary,
         )
@@ -219,6 +219,15 @@ def find_attention(model: Any) -> list[Slot]:
             f"but layers {missing} have none; a teacher is a plain Transformer"
         )
     return [found[i] for i in range(num_layers)]
+
+
+def _window(config: Any, module: nn.Module, layer: int) -> int | None:
+    # Where layers differ, the configuration says which of them slide; the modules of some families
+    # carry the number in every layer and those of others in none.
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return config.sliding_window if "sliding" in kinds[layer] else None
+    return getattr(module, "sliding_window", getattr(config, "sliding_window", None))
 
 
 def logits_from_hidden(model: Any, hidden: Tensor) -> Tensor:

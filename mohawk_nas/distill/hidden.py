@@ -25,7 +25,8 @@ def hidden_loss(mixer: Mixer, capture: LayerCapture) -> Tensor:
     size = torch.linalg.vector_norm(capture.output.float(), dim=-1)
     if capture.mask is not None:
         error, size = error[capture.mask], size[capture.mask]
-    return error.mean() / size.mean()
+    loss: Tensor = error.mean() / size.mean()
+    return loss
 
 
 def relative_distance(output: Tensor, target: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ from mohawk_nas.distill.losses import logits_loss
 from mohawk_nas.distill.trainer import MAX_BAD_STEPS, learning_rate, make_optimizer, num_steps
 from mohawk_nas.errors import TrainingError
 from mohawk_nas.files import load_metadata, load_tensors, save_tensors
-from mohawk_nas.metrics import BlockFigures, body, evaluate_blocks, logits_from_hidden
+from mohawk_nas.metrics import BlockFigures, body, evaluate_blocks
 from mohawk_nas.reporting import Reporter
 from mohawk_nas.student import MixerSlot
-from mohawk_nas.teacher import Teacher
+from mohawk_nas.teacher import Teacher, logits_from_hidden
 
 __all__ = ["LogitsResult", "distill_logits", "trainable_parameters"]
 
@@ -183,7 +183,7 @@ def _train_step(
             target = teacher.logits(teacher.run(tokens))
         logits = logits_from_hidden(student, body(student, tokens))
         loss = logits_loss(target, logits, tokens, config) / config.accumulate
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.item()
     norm = nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip)
     if torch.isfinite(norm) and math.isfinite(total):

@@ -194,7 +194,7 @@ def _update(
         group["lr"] = rate
     with torch.enable_grad():
         loss = LOSSES[stage.name](job.mixer, capture)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     norm = nn.utils.clip_grad_norm_(parameters, stage.config.grad_clip)
     value = loss.item()
     if torch.isfinite(norm):

@@ -18,13 +18,16 @@ from mohawk_nas.config import OBJECTIVES
 from mohawk_nas.data import TokenBlocks
 from mohawk_nas.distill.hidden import relative_distance
 from mohawk_nas.layout import Layout
-from mohawk_nas.metrics import body, kl_of_hidden
-from mohawk_nas.reporting import Reporter
+from mohawk_nas.metrics import body, kl_of_hidden, kl_to, log_probabilities
+from mohawk_nas.reporting import SILENT
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.student import assemble
 from mohawk_nas.teacher import LayerCapture, Teacher
 
 __all__ = ["BankScorer", "PerTrialScorer"]
+
+KEPT_BYTES = 2**29
+"""The teacher's log-probabilities on the search split are kept up to this size, else remade."""
 
 
 class BankScorer:
@@ -94,13 +97,24 @@ class BankScorer:
         for number, tokens in enumerate(self._batches):
             hidden = body(student, tokens.to(self.teacher.device))
             if "kl" in per_block:
-                kl = kl_of_hidden(self.teacher.model, self._hidden[number], student, hidden)
-                per_block["kl"] += kl.tolist()
+                per_block["kl"] += self._kl(number, student, hidden).tolist()
             if cascade:
                 total = torch.zeros(len(tokens), device=hidden.device)
                 for i, output in outputs.items():
                     total += relative_distance(output, self._outputs[number][i])
                 per_block["stage2_cascade"] += total.tolist()
+
+    def _kl(self, number: int, student: Any, hidden: Tensor) -> Tensor:
+        if self._log_probs is None:
+            return kl_of_hidden(self.teacher.model, self._hidden[number], student, hidden)
+        return kl_to(self._log_probs[number], student, hidden)
+
+    @cached_property
+    def _log_probs(self) -> list[Tensor] | None:
+        """The teacher's log-probabilities, batch by batch, where they are small enough to keep."""
+        if self.blocks.tokens.numel() * self.teacher.vocab_size * 4 > KEPT_BYTES:
+            return None
+        return [log_probabilities(self.teacher.model, hidden) for hidden in self._hidden]
 
     @cached_property
     def _hidden(self) -> list[Tensor]:
@@ -111,14 +125,9 @@ class BankScorer:
         """The teacher's mixer outputs, batch by batch."""
         kept: list[dict[int, Tensor]] = []
         for tokens in self._batches:
-            outputs: dict[int, Tensor] = {}
-            self.teacher.run(
-                tokens.to(self.teacher.device),
-                on_layer=lambda capture, into=outputs: into.__setitem__(
-                    capture.view.layer_idx, capture.output
-                ),
-            )
-            kept.append(outputs)
+            captures: list[LayerCapture] = []
+            self.teacher.run(tokens.to(self.teacher.device), on_layer=captures.append)
+            kept.append({capture.view.layer_idx: capture.output for capture in captures})
         return kept
 
     @cached_property
@@ -145,13 +154,9 @@ class PerTrialScorer(BankScorer):
     bank's.
     """
 
-    def __init__(self, *args: Any, reporter: Reporter, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._reporter = reporter
-
     def score(self, layout: Layout) -> Score:
         pairs = [(i, layout[i]) for i in layout.replaced_layers]
-        self.bank.train(pairs, reporter=self._reporter, keep=False)
+        self.bank.train(pairs, reporter=SILENT, keep=False)
         if "stage2_local" in self.weights:
             self.stage2_losses()
         return super().score(layout)
@@ -161,7 +166,7 @@ class PerTrialScorer(BankScorer):
             everything = [
                 (i, name) for i in range(self.num_layers) for name in self.bank.candidates
             ]
-            self.bank.train(everything, reporter=self._reporter, keep=False)
+            self.bank.train(everything, reporter=SILENT, keep=False)
         return super().stage2_losses()
 
 

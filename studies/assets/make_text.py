@@ -10,8 +10,8 @@ empty folder (Debian 12 for the first half; any Python for the second), then run
     for sdist in *.tar.gz; do tar xf "$sdist"; done
     python studies/assets/make_text.py --packages . --out studies/assets/text
 
-The same packages give the same bytes. SOURCES.md, beside the output, says what each text is, under
-which licence, and why it was chosen.
+The same packages give the same records. SOURCES.md, beside the output, says what each text is,
+under which licence, and why it was chosen.
 """
 
 import argparse
@@ -250,12 +250,8 @@ def expand_directives(lines: list[str]) -> list[str]:
         if re.fullmatch(CODE, name):
             kept += ["", *(f"    {line}".rstrip() for line in body), ""]
         elif re.fullmatch(ADMONITIONS, name):
-            kept += [
-                "",
-                *([argument] if argument[:1].isalpha() else []),
-                *expand_directives(body),
-                "",
-            ]
+            title = [argument] if argument[:1].isalpha() else []
+            kept += ["", *title, *expand_directives(body), ""]
         elif re.fullmatch(DEFINITIONS, name):
             signature = [f"`{argument}`"] if argument else []
             kept += ["", *signature, "", *expand_directives(body), ""]
@@ -295,9 +291,8 @@ def pieces(text: str) -> Iterator[str]:
 def print_table(documents: list[Document]) -> None:
     table: dict[str, list[int]] = collections.defaultdict(list)
     for document in documents:
-        table[re.sub(r"(?<=:)(html|docs?|testdata)/.*|#.*", "", document.source)].append(
-            len(document.text)
-        )
+        group = re.sub(r"[#/].*", "", document.source)
+        table[group].append(len(document.text))
     for name, sizes in sorted(table.items()):
         print(f"{name:45} {len(sizes):4} documents {sum(sizes):9,} characters")
     total = sum(len(d.text) for d in documents)

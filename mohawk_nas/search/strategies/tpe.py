@@ -19,7 +19,7 @@ from mohawk_nas.search.strategy import (
 
 NUM_STARTUP = 5
 """Layouts drawn at random before the estimator has something to go by."""
-NUM_TRIES = 32
+NUM_TRIES = 8
 """Proposals of layouts that are known already, after which one is drawn at random instead."""
 
 
