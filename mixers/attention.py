@@ -85,14 +85,15 @@ class AttentionState(MixerState):
         """Append new keys and values; returns all that the new tokens may see."""
         new = {"key": args[0], "value": args[1]}
         self.num_tokens += new["key"].shape[2]
+        # Copies, all of them: a view would keep in memory what it was cut from, such as fused
+        # projections or the whole prompt.
         full = {
-            name: torch.cat([self.tensors[name], tensor], dim=2) if self.num_kept else tensor
+            name: torch.cat([self.tensors.get(name, tensor[:, :, :0]), tensor], dim=2)
             for name, tensor in new.items()
         }
+        drop = 0 if self.window is None else max(0, full["key"].shape[2] - self.window + 1)
         for name, tensor in full.items():
-            excess = 0 if self.window is None else max(0, tensor.shape[2] - self.window + 1)
-            # A copy, since a slice would keep all of the prompt in memory.
-            self.tensors[name] = tensor[:, :, excess:].clone() if excess else tensor
+            self.tensors[name] = tensor[:, :, drop:].clone() if drop else tensor
         return full["key"], full["value"]
 
 

@@ -257,9 +257,11 @@ class Bank:
                 for slot, tensor in parts["optimizer"].items()
                 if slot.partition(".")[2] == name
             }
-            # AdamW keeps its step count on the CPU.
-            state["step"] = state["step"].cpu()
-            job.optimizer.state[parameter] = state
+            # Stage 1 gives no gradient to what lies outside the matrix.
+            if state:
+                # AdamW keeps its step count on the CPU.
+                state["step"] = state["step"].cpu()
+                job.optimizer.state[parameter] = state
 
     def _save(self, job: LayerJob) -> None:
         key = self.key(job.layer, job.candidate)

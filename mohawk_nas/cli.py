@@ -69,19 +69,19 @@ def search(
     Run it again after a stop, and it goes on where it was.
     """
     config = _load(study, overrides)
-    from mohawk_nas.reporting import console
+    from mohawk_nas.reporting import screen
 
     if dry_run:
         from mohawk_nas.plan import make_plan
 
-        console.show_plan(config, make_plan(config))
+        screen.show_plan(config, make_plan(config))
         return
     from mohawk_nas import pipeline
     from mohawk_nas.reporting.html import write_report
 
-    result, best = pipeline.search(config, reporter=console.reporter(), force=force)
+    result, best = pipeline.search(config, reporter=screen.reporter(), force=force)
     report = write_report(config.run_dir / "report.html", result, config)
-    console.show_result(result, next_command=f"mohawk-nas distill {best}", files=[best, report])
+    screen.show_result(result, next_command=f"mohawk-nas distill {best}", files=[best, report])
 
 
 @app.command()
@@ -95,10 +95,10 @@ def score(
     """Place a layout of your own among those of a finished search."""
     config = _load(study, overrides)
     from mohawk_nas import pipeline
-    from mohawk_nas.reporting import console
+    from mohawk_nas.reporting import screen
 
-    placed = pipeline.score(config, layout, reporter=console.reporter())
-    console.show_placement(*placed)
+    placed = pipeline.score(config, layout, reporter=screen.reporter())
+    screen.show_placement(*placed)
 
 
 @app.command()
@@ -109,12 +109,12 @@ def distill(
 ) -> None:
     """Distil the chosen layout in full; run again after a stop, and it goes on."""
     from mohawk_nas import pipeline
-    from mohawk_nas.reporting import console
+    from mohawk_nas.reporting import screen
 
     _quiet()
     chosen = pipeline.load_best(best, overrides or ())
-    result, folder = pipeline.distill(chosen, reporter=console.reporter(), force=force)
-    console.show_distillation(result, next_command=f"mohawk-nas export {folder}")
+    result, folder = pipeline.distill(chosen, reporter=screen.reporter(), force=force)
+    screen.show_distillation(result, next_command=f"mohawk-nas export {folder}")
 
 
 @app.command()
@@ -130,11 +130,11 @@ def export(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--dtype: must be float32, bfloat16 or float16, but got {dtype!r}")
     from mohawk_nas.export.folder import export_folder
-    from mohawk_nas.reporting import console
+    from mohawk_nas.reporting import screen
 
     _quiet()
     folder, found = export_folder(source, out, dtype=dtype, force=force)
-    console.show_export(folder, found, next_command=f"mohawk-nas evaluate {folder}")
+    screen.show_export(folder, found, next_command=f"mohawk-nas evaluate {folder}")
 
 
 @app.command()
@@ -142,10 +142,10 @@ def evaluate(target: Run) -> None:
     """Perplexity, KL divergence to the teacher and recall, beside the teacher's."""
     from mohawk_nas.evaluate import evaluate as measure
     from mohawk_nas.evaluate import find_target
-    from mohawk_nas.reporting import console
+    from mohawk_nas.reporting import screen
 
     _quiet()
-    console.show_evaluation(measure(find_target(target), reporter=console.reporter()))
+    screen.show_evaluation(measure(find_target(target), reporter=screen.reporter()))
 
 
 @app.command()
@@ -186,9 +186,9 @@ def validate(study: Study, overrides: Overrides = None) -> None:
 @app.command("ls")
 def list_names(what: Annotated[Listed, typer.Argument(help="What to list.")]) -> None:
     """List what a study can name."""
-    from mohawk_nas.reporting import console
+    from mohawk_nas.reporting import screen
 
-    console.show_names(what.value)
+    screen.show_names(what.value)
 
 
 def _load(study: Path, overrides: Sequence[str] | None) -> StudyConfig:

@@ -1,17 +1,15 @@
 """Text to blocks of tokens: read once, cut into disjoint splits, cached.
 
-Files and hub data sets are streamed by the ``datasets`` library. Each document falls to one split
-by a hash of its name or text, so a document is never in two splits and never moves when files are
-added. Reading stops when every split has the tokens that are asked for.
+Each document falls to one split by a hash of its name or text, so a document is never in two splits
+and never moves when files are added. Reading stops when every split has the tokens that are asked
+for.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import logging
 import re
@@ -19,13 +17,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mohawk_nas.config import DataConfig
+from mohawk_nas.documents import Corpus, Document
 from mohawk_nas.errors import ConfigError, DataError, MohawkError
 from mohawk_nas.files import DamagedFile, load_tensors, read_json, save_tensors, write_json
 
@@ -47,18 +46,6 @@ _SETTINGS = {
 }
 _FORMAT = 1
 """Raised when the same request would give other blocks than before."""
-
-_Kind = Literal["text", "json", "parquet"]
-_KINDS: dict[str, _Kind] = {
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-}
-_COMPRESSED = (".gz", ".xz", ".zst")
 
 _PIECE_CHARS = 65_536
 _BATCH_CHARS = 524_288
@@ -174,11 +161,11 @@ def load_blocks(
 
     Raises:
         DataError: The text cannot be read, or there is too little of it.
-        ConfigError: The separator is not a token.
+        ConfigError: A file is not there, or the separator is not a token.
         TrainingError: The disk is full.
     """
     _check_needed(needed, config.block_size)
-    files = _find_files(config)
+    corpus = Corpus.find(config)
     separator = _separator(config, tokenizer)
     request = {
         "format": _FORMAT,
@@ -188,14 +175,13 @@ def load_blocks(
         "text_field": config.text_field,
         "document_field": config.document_field,
         "blocks": {s: needed[s] // config.block_size for s in SPLITS if s in needed},
-        "source": [_content(file) for file in files]
-        or {"name": config.source[0], "subset": config.subset, "split": config.split},
+        "source": corpus.identity(),
     }
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:32]
     folder = Path(config.cache) / key
     blocks = _read_cache(folder, request)
     if blocks is None:
-        _make_cache(folder, request, config, tokenizer, files=files, separator=separator)
+        _make_cache(folder, request, corpus, tokenizer, separator=separator)
         blocks = _read_cache(folder, request)
         if blocks is None:
             raise DataError(f"data.cache: {folder} does not hold what was just written to it")
@@ -220,324 +206,6 @@ def _check_needed(needed: Mapping[str, int], block_size: int) -> None:
                 f"{_SETTINGS.get(split, split)}: must hold at least one block of {block_size} "
                 f"tokens (data.block_size), but is {tokens}"
             )
-
-
-class _File(NamedTuple):
-    path: Path
-    kind: _Kind
-
-
-def _find_files(config: DataConfig) -> list[_File]:
-    """Files in the order given, each once, those of a glob sorted; none for a hub data set."""
-    if not config.source:
-        raise ConfigError("data.source: must name at least one file or data set")
-    found: dict[Path, _File] = {}
-    for entry in config.source:
-        path = Path(entry).expanduser()
-        if path.is_dir():
-            raise DataError(
-                f"data.source: {entry} is a folder; name the files in it, e.g. {entry}/*.jsonl"
-            )
-        matches = [str(path)]
-        if not path.is_file():
-            matches = [m for m in sorted(glob.glob(str(path), recursive=True)) if Path(m).is_file()]
-        if not matches:
-            if len(config.source) > 1 or not _may_be_hub_name(entry):
-                raise DataError(
-                    f"data.source: no such file: {entry}; name a file, a glob that matches some, "
-                    "or one hub data set alone"
-                )
-            return []
-        for match in map(Path, matches):
-            found.setdefault(match.resolve(), _File(match, _kind(match)))
-    if config.subset is not None:
-        logger.warning("data: data.subset is for hub data sets and is ignored for files")
-    return list(found.values())
-
-
-def _may_be_hub_name(entry: str) -> bool:
-    if entry.startswith(".") or re.search(r"\.[A-Za-z]\w*$", entry):
-        return False
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry) is not None
-
-
-def _kind(path: Path) -> _Kind:
-    name = path.name.lower()
-    compressed = name.endswith(_COMPRESSED)
-    kind = _KINDS.get(Path(name.rpartition(".")[0] if compressed else name).suffix)
-    if kind is None or (kind == "parquet" and compressed):
-        raise DataError(
-            f"data.source: {path} must be text (.txt, .text, .md) or JSON lines (.jsonl, .ndjson, "
-            f".json), as it is or with {', '.join(_COMPRESSED)}, or .parquet; rename or convert it"
-        )
-    return kind
-
-
-def _content(file: _File) -> dict[str, str | int]:
-    try:
-        size = file.path.stat().st_size
-        with file.path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as e:
-        raise DataError(f"data.source: {file.path} cannot be read: {e.strerror}") from e
-    if size == 0:
-        raise _empty(file.path)
-    return {"name": file.path.name, "bytes": size, "sha256": digest}
-
-
-def _empty(path: Path) -> DataError:
-    return DataError(f"data.source: {path} must hold text, but is empty; leave it out")
-
-
-class _Document(NamedTuple):
-    text: str
-    name: str | None
-    """None where the record is the whole document."""
-
-    @property
-    def split(self) -> str:
-        return split_of(self.text if self.name is None else self.name)
-
-
-_Records = Iterator[tuple[int, Mapping[str, Any]]]
-"""Records, each with its number, which counts from 1."""
-
-
-def _documents(config: DataConfig, files: Sequence[_File]) -> Iterator[_Document]:
-    """Every record that holds text, in order."""
-    if not files:
-        where = f"data.source: hub data set {config.source[0]!r}"
-        yield from _read(_hub_records(config, where), config, where=where, unit="record")
-    for kind, group in itertools.groupby(files, key=lambda file: file.kind):
-        paths = [file.path for file in group]
-        if kind == "text":
-            yield from _text_documents(paths)
-            continue
-        for path in paths:
-            where = f"data.source: {path}"
-            if kind == "json":
-                yield from _read(_json_records(path, where), config, where=where, unit="line")
-            else:
-                records = _parquet_records(path, config, where)
-                yield from _read(records, config, where=where, unit="record")
-
-
-def _text_documents(paths: Sequence[Path]) -> Iterator[_Document]:
-    # Opened together, since a corpus may be thousands of small files: one row is one file.
-    rows = _stream("text", paths, sample_by="document", encoding="utf-8-sig")
-    for path in paths:
-        with _readable(path):
-            _check_zst(path)
-            text = next(rows)["text"]
-        if not text.strip():
-            raise _empty(path)
-        yield _Document(text, None)
-
-
-def _json_records(path: Path, where: str) -> _Records:
-    # Lines, not the library's JSON reader: that one guesses types from the first megabytes, turns
-    # text that looks like a date into one, and stops at a record with a field it has not seen.
-    for number, row in _rows("text", path, sample_by="line", encoding="utf-8-sig"):
-        if not row["text"].strip():
-            continue
-        try:
-            record = json.loads(row["text"])
-        except ValueError as e:
-            raise DataError(
-                f"{where}: line {number} must be one JSON object, but is not JSON: {e}; repair it "
-                "or leave the file out"
-            ) from e
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{where}: line {number} must be one JSON object, but is of type "
-                f"{type(record).__name__}; write one object a line"
-            )
-        yield number, record
-
-
-def _parquet_records(path: Path, config: DataConfig, where: str) -> _Records:
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    with _readable(path):
-        known = pyarrow.parquet.read_schema(path).names
-    for name in _fields(config):
-        if name not in known:
-            raise _missing_field(name, config, known, where=where)
-    # The batch size bounds memory, and a file without rows fails without it.
-    yield from _rows("parquet", path, columns=_fields(config), batch_size=1024)
-
-
-def _hub_records(config: DataConfig, where: str) -> _Records:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(
-            config.source[0], config.subset, split=config.split, streaming=True
-        )
-        known = rows.column_names
-        if known is not None and set(_fields(config)) <= set(known):
-            # Images and audio beside the text would be decoded.
-            rows = rows.select_columns(_fields(config))
-        yield from enumerate(rows, 1)
-    # The library hands on whatever its HTTP client and the formats raise.
-    except Exception as e:
-        raise DataError(
-            f"{where} (subset {config.subset}, split {config.split}) cannot be read: "
-            f"{_one_line(e)}; check the network and the spelling of the names"
-        ) from e
-
-
-def _read(records: _Records, config: DataConfig, *, where: str, unit: str) -> Iterator[_Document]:
-    skipped = found = 0
-    for number, record in records:
-        for name in _fields(config):
-            if name not in record:
-                raise _missing_field(name, config, record, where=f"{where}: {unit} {number}")
-        text = record[config.text_field]
-        if text is None or text == "":
-            skipped += 1
-            continue
-        if not isinstance(text, str):
-            raise DataError(
-                f"{where}: {unit} {number}: field {config.text_field!r} must be text, but is of "
-                f"type {type(text).__name__}; name another in data.text_field"
-            )
-        document: str | None = None
-        if config.document_field is not None:
-            value = record[config.document_field]
-            if not isinstance(value, str | int):
-                raise DataError(
-                    f"{where}: {unit} {number}: field {config.document_field!r} must be text or a "
-                    f"number, but is of type {type(value).__name__}; name another in "
-                    "data.document_field"
-                )
-            document = _valid(str(value))
-        found += 1
-        yield _Document(_valid(text), document)
-    if found == 0:
-        raise DataError(
-            f"{where} must hold text, but no {unit} has any in field {config.text_field!r}; leave "
-            "it out, or name another field in data.text_field"
-        )
-    if skipped:
-        logger.info("data: skipped %d records without text; %s", skipped, where)
-
-
-def _fields(config: DataConfig) -> list[str]:
-    return [config.text_field, *([config.document_field] if config.document_field else [])]
-
-
-def _missing_field(name: str, config: DataConfig, known: Iterable[str], *, where: str) -> DataError:
-    setting = "data.text_field" if name == config.text_field else "data.document_field"
-    return DataError(
-        f"{where} must have a field {name!r}, but has {', '.join(known) or 'none'}; name one of "
-        f"them in {setting}"
-    )
-
-
-def _valid(text: str) -> str:
-    # JSON can spell half a surrogate pair, which is no character and which tokenizers refuse.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _rows(builder: str, path: Path, **options: Any) -> _Records:
-    """Rows of one file, numbered from 1.
-
-    Raises:
-        DataError: The file is damaged, or not what its name says.
-    """
-    rows = _stream(builder, [path], **options)
-    with _readable(path):
-        _check_zst(path)
-    for number in itertools.count(1):
-        with _readable(path):
-            row = next(rows, None)
-        if row is None:
-            return
-        yield number, row
-
-
-def _stream(builder: str, paths: Sequence[Path], **options: Any) -> Iterator[Mapping[str, Any]]:
-    import datasets
-
-    # The library takes names for globs.
-    names = [glob.escape(str(path)) for path in paths]
-    yield from datasets.load_dataset(
-        builder, data_files=names, split="train", streaming=True, **options
-    )
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except MohawkError:
-        raise
-    except UnicodeDecodeError as e:
-        raise DataError(
-            f"data.source: {path} must be text in UTF-8, but is not: {e}; convert it"
-        ) from e
-    # Decompressors and formats raise anything from EOFError to ArrowInvalid.
-    except Exception as e:
-        raise DataError(
-            f"data.source: {path} cannot be read: {_one_line(e)}; the file is damaged or not what "
-            "its name says"
-        ) from e
-
-
-def _check_zst(path: Path) -> None:
-    """Raise if a .zst file is cut short: its reader takes that for the end."""
-    if path.suffix.lower() != ".zst":
-        return
-    try:
-        import zstandard
-    except ImportError as e:
-        raise DataError(
-            f"data.source: {path} needs the zstandard package; run `pip install zstandard`"
-        ) from e
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            while chunk:
-                if frame.eof:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
-                frame.decompress(chunk)
-                chunk = frame.unused_data
-    if not frame.eof:
-        raise EOFError("the file ends in the middle of its last frame")
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet_datasets(*, local: bool) -> Iterator[None]:
-    """No progress bars; for local files, no messages beside our own and no use of the network.
-
-    The library would report each opened file to the hub, which without a network can take seconds.
-    """
-    import datasets
-
-    bars_disabled = datasets.are_progress_bars_disabled()
-    verbosity = datasets.logging.get_verbosity()
-    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    datasets.disable_progress_bars()
-    if local:
-        datasets.logging.set_verbosity(logging.CRITICAL)
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    try:
-        yield
-    finally:
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
-        datasets.logging.set_verbosity(verbosity)
-        if not bars_disabled:
-            datasets.enable_progress_bars()
 
 
 def _separator(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -614,7 +282,7 @@ class _Piece(NamedTuple):
 
 
 def _tokenise(
-    documents: Iterable[_Document],
+    documents: Iterable[Document],
     tokenizer: PreTrainedTokenizerBase,
     *,
     separator: int,
@@ -625,7 +293,7 @@ def _tokenise(
     batch: list[_Piece] = []
     reported = time.monotonic()
     for document in documents if any(wanted.values()) else ():
-        packer = packers.get(split := document.split)
+        packer = packers.get(split := split_of(document.key))
         if packer is None or packer.is_full():
             continue
         # Records that follow each other in a split and name one document are one text.
@@ -718,21 +386,20 @@ def _fingerprint(split: str, tokens: Tensor) -> str:
 def _make_cache(
     folder: Path,
     request: Mapping[str, Any],
-    config: DataConfig,
+    corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    files: Sequence[_File],
     separator: int,
 ) -> None:
-    wanted = {split: blocks * config.block_size for split, blocks in request["blocks"].items()}
-    with _quiet_datasets(local=bool(files)):
-        documents = _documents(config, files)
+    block_size: int = request["block_size"]
+    wanted = {split: blocks * block_size for split, blocks in request["blocks"].items()}
+    with corpus.reading() as documents:
         packers = _tokenise(documents, tokenizer, separator=separator, wanted=wanted)
     logger.info("data: tokens: %s", _progress(packers))
     splits: dict[str, dict[str, Any]] = {}
     try:
-        blocks = {split: packer.blocks(config.block_size) for split, packer in packers.items()}
-        _check_enough(blocks, packers, config, files)
+        blocks = {split: packer.blocks(block_size) for split, packer in packers.items()}
+        _check_enough(blocks, packers, corpus)
         for split, tokens in blocks.items():
             save_tensors(folder / f"{split}.safetensors", {"tokens": tokens})
             splits[split] = {
@@ -746,7 +413,7 @@ def _make_cache(
             {
                 "request": request,
                 "splits": splits,
-                "source": [str(file.path) for file in files] or config.source,
+                "source": corpus.names,
                 "versions": _versions(),
             },
         )
@@ -757,13 +424,10 @@ def _make_cache(
 
 
 def _check_enough(
-    blocks: Mapping[str, Tensor],
-    packers: Mapping[str, _Packer],
-    config: DataConfig,
-    files: Sequence[_File],
+    blocks: Mapping[str, Tensor], packers: Mapping[str, _Packer], corpus: Corpus
 ) -> None:
     short = [
-        f"{split} (has {tokens.numel():,} tokens in blocks of {config.block_size}, from "
+        f"{split} (has {tokens.numel():,} tokens in blocks of {tokens.shape[1]}, from "
         f"{packers[split].num_documents} documents; needs {packers[split].wanted:,}"
         + (f", {_SETTINGS[split]})" if split in _SETTINGS else ")")
         for split, tokens in blocks.items()
@@ -771,7 +435,7 @@ def _check_enough(
     ]
     if short:
         small = ", ".join(f"{split} {percent}%" for split, percent in _PERCENT.items())
-        whole = " and a text file is one document" if any(f.kind == "text" for f in files) else ""
+        whole = " and a text file is one document" if corpus.has_text_files else ""
         raise DataError(
             f"data.source: too little text for {', '.join(short)}; documents are divided by hash "
             f"({small}, bank the rest){whole}: add documents or lower these settings"

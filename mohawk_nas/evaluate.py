@@ -1,4 +1,4 @@
-"""How good a hybrid is, beside its teacher: perplexity, KL divergence and recall on held-out text."""
+"""How good a hybrid is, beside its teacher, on held-out text."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def evaluate(target: Target, *, reporter: Reporter = SILENT) -> list[Evaluation]
         load_plugin(Path(plugin))
     rows = []
     for name, model in _models(target, bench):
-        with reporter.stage(f"evaluating the {name}", total=None, unit="blocks"):
+        with reporter.stage(f"evaluating the {name}", total=None, unit="block"):
             figures = evaluate_blocks(
                 bench.teacher,
                 model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from mohawk_nas.config import StudyConfig
 from mohawk_nas.distill.trainer import num_steps
+from mohawk_nas.documents import Corpus
 from mohawk_nas.errors import ConfigError, InputError, TeacherError
 from mohawk_nas.mixer import Mixer
 from mohawk_nas.registry import load_plugin
@@ -33,7 +33,7 @@ def find_problems(config: StudyConfig) -> list[str]:
     problems += check_pins(config.space)
     space_ok = len(problems) == before
     _collect(problems, lambda: pick_device(config.teacher.device))
-    problems += _missing_files(config.data.source)
+    _collect(problems, lambda: Corpus.find(config.data))
     try:
         teacher = load_teacher(config.teacher, meta=True)
     except TeacherError as e:
@@ -64,18 +64,6 @@ def _collect(problems: list[str], attempt: Any) -> None:
         problems += e.problems
     except InputError as e:
         problems.append(str(e))
-
-
-def _missing_files(sources: Iterable[str]) -> list[str]:
-    # Only what can be nothing but a file; a name without folder or ending may be a hub's data set.
-    problems = []
-    for source in sources:
-        path = Path(source)
-        if path.is_absolute() and not any(c in source for c in "*?[") and not path.exists():
-            problems.append(f"data.source: no such file: {source}")
-        elif any(c in path.name for c in "*?[") and not list(path.parent.glob(path.name)):
-            problems.append(f"data.source: no file matches {source}")
-    return problems
 
 
 def _misfits(config: StudyConfig, teacher: Teacher, space: SearchSpace) -> list[str]:

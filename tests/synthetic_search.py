@@ -104,7 +104,7 @@ class SyntheticScorer:
         noise = self._noise * rng.normal(size=len(self._blocks))
         values = self.exact(layout) + self._blocks + noise - self._blocks.mean()
         local = sum(self.cost(layer, layout[layer]) for layer in layout.replaced_layers)
-        per_block = {"kl": tuple(map(float, values)), "stage2_local": (local, local)}
+        per_block = {"kl": tuple(map(float, values)), "stage2_local": (local,) * len(values)}
         return Score(per_block=per_block, tokens=4096, seconds=self._pause)
 
     def stage2_losses(self):

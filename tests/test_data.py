@@ -2,40 +2,27 @@ import errno
 import gzip
 import json
 import logging
-import lzma
 import os
 import random
 import re
-import socket
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-import zstandard
 from safetensors.torch import load_file
+from sample_text import DOCUMENTS, lines_of, make_documents, write_jsonl
 from transformers import AutoTokenizer
 
-from mohawk_nas import data, files
+from mohawk_nas import data
 from mohawk_nas.config import DataConfig
 from mohawk_nas.data import SPLITS, BlockOrder, TokenBlocks, load_blocks, split_of
 from mohawk_nas.errors import ConfigError, DataError, TrainingError
-from mohawk_nas.files import (
-    DamagedFile,
-    atomic_write,
-    load_metadata,
-    load_tensors,
-    read_json,
-    save_tensors,
-    write_json,
-)
+from mohawk_nas.files import read_json, save_tensors, write_json
 
 PHI_TINY = Path(__file__).parents[1] / "studies/assets/phi-tiny"
 BLOCK = 32
 NEEDED = {"bank": 1600, "search": 96, "validation": 64, "test": 64}
-WORDS = ["the", "a", "river", "Stone", "walks", "42", "quietly,", "über", "東京", "under\n\nlight"]
 
 
 @pytest.fixture(autouse=True)
@@ -48,24 +35,8 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(PHI_TINY)
 
 
-def make_documents(count: int, *, seed: int = 0) -> list[str]:
-    rng = random.Random(seed)
-    return [
-        f"{i} of {seed}: " + " ".join(rng.choices(WORDS, k=rng.randint(8, 40)))
-        for i in range(count)
-    ]
 
 
-DOCUMENTS = make_documents(150)
-
-
-def lines_of(records: list[Any]) -> bytes:
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
-
-
-def write_jsonl(path: Path, documents: list[str]) -> Path:
-    path.write_bytes(lines_of([{"text": text} for text in documents]))
-    return path
 
 
 def config_for(folder: Path, *sources: Path | str, **changes: Any) -> DataConfig:
@@ -90,36 +61,9 @@ def rows_of(blocks: dict[str, TokenBlocks]) -> dict[str, list[list[int]]]:
     return {split: b.batch(range(len(b))).tolist() for split, b in blocks.items()}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "xz", "gz", "zst", "parquet", "txt", "mixed"])
-def test_every_format_gives_the_same_blocks(kind: str, tokenizer: Any, tmp_path: Path) -> None:
-    records = [{"text": text, "id": i, "meta": {"a": i}} for i, text in enumerate(DOCUMENTS)]
-    raw = lines_of(records)
-    source: list[Path | str] = [tmp_path / f"d.jsonl.{kind}"]
-    if kind == "jsonl":
-        source = [tmp_path / "d.jsonl"]
-        source[0].write_bytes(raw)
-    elif kind == "xz":
-        source[0].write_bytes(lzma.compress(raw))
-    elif kind == "gz":
-        # Two members, as `cat a.gz b.gz` makes.
-        source[0].write_bytes(gzip.compress(raw[:5000]) + gzip.compress(raw[5000:]))
-    elif kind == "zst":
-        pack = zstandard.ZstdCompressor().compress
-        source[0].write_bytes(pack(raw[:5000]) + pack(raw[5000:]))
-    elif kind == "parquet":
-        source = [tmp_path / "d.parquet"]
-        pq.write_table(pa.Table.from_pylist(records), source[0], row_group_size=40)
-    else:
-        for i, text in enumerate(DOCUMENTS[:100] if kind == "mixed" else DOCUMENTS):
-            (tmp_path / f"{i:03} [x] #.txt").write_bytes(text.encode())
-        source = [tmp_path / "*.txt"]
-        if kind == "mixed":
-            (tmp_path / "b.json").write_bytes(lines_of(records[100:120]))
-            pq.write_table(pa.Table.from_pylist(records[120:]), tmp_path / "a.parquet")
-            source += [tmp_path / "b.json", tmp_path / "a.parquet"]
-
-    blocks = load_blocks(config_for(tmp_path, *source), tokenizer, needed=NEEDED)
-
+def test_documents_are_packed_by_split(tokenizer: Any, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "d.jsonl", DOCUMENTS)
+    blocks = load_blocks(config_for(tmp_path, source), tokenizer, needed=NEEDED)
     for split, tokens in NEEDED.items():
         assert blocks[split].split == split
         assert blocks[split].tokens.dtype == torch.int32
@@ -236,19 +180,6 @@ def test_reading_stops_when_there_is_enough(
         load_blocks(config_for(tmp_path, source), tokenizer, needed={"bank": 10**6})
 
 
-def test_records_of_every_shape(tokenizer: Any, tmp_path: Path) -> None:
-    records: list[Any] = [{"text": "2020-01-01 00:00:00"}, {"text": None}, {"text": ""}]
-    records += [{"text": text, f"field_{i % 7}": {"x": i}} for i, text in enumerate(DOCUMENTS)]
-    source = tmp_path / "d.jsonl"
-    half_pair = b'{"text": "half \\ud83d pair"}\n'
-    source.write_bytes(b"\xef\xbb\xbf" + half_pair + b"\n" + lines_of(records))
-    blocks = load_blocks(config_for(tmp_path, source), tokenizer, needed={"bank": 10**4})
-    text = tokenizer.decode(blocks["bank"].tokens.flatten().tolist())
-    assert text.startswith(
-        "<|endoftext|>half \N{REPLACEMENT CHARACTER} pair<|endoftext|>2020-01-01"
-    )
-
-
 def test_separator(tokenizer: Any, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "d.jsonl", DOCUMENTS)
 
@@ -282,27 +213,6 @@ def test_texts_longer_than_the_model_warn_of_nothing(
     assert caplog.messages == []
     assert [str(w.message) for w in recwarn] == []
     assert capfd.readouterr() == ("", "")
-
-
-def test_local_files_need_no_network(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import datasets
-
-    asked = []
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        asked.append(args)
-        raise OSError("no network")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
-    source = write_jsonl(tmp_path / "d.jsonl", DOCUMENTS)
-    load_blocks(config_for(tmp_path, source), tokenizer, needed=NEEDED)
-    assert asked == []
-    assert datasets.config.HF_UPDATE_DOWNLOAD_COUNTS is True
-    assert not datasets.are_progress_bars_disabled()
 
 
 def no_reading(*args: Any, **kwargs: Any) -> Any:
@@ -414,190 +324,8 @@ def test_too_little_text(tokenizer: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", ["missing.jsonl", "missing/*.txt", "./org/name", "data/part.parquet", "a b", "/no/x"]
-)
-def test_missing_files(entry: str, tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"no such file: {re.escape(entry)}; name a file"):
-        load_blocks(config_for(tmp_path, entry), tokenizer, needed=NEEDED)
 
 
-def refuse(content: bytes, name: str, message: str, tokenizer: Any, folder: Path) -> None:
-    path = folder / name
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
-        load_blocks(config_for(folder, path), tokenizer, needed=NEEDED)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not (folder / "cache").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"", "must hold text, but is empty; leave it out"),
-        ("a.txt", b" \n", "must hold text, but is empty; leave it out"),
-        ("a.txt.gz", gzip.compress(b""), "must hold text, but is empty; leave it out"),
-        ("a.jsonl", b"\n\n", "must hold text, but no line has any in field 'text'"),
-        ("a.jsonl.xz", lzma.compress(b""), "must hold text, but no line has any in field 'text'"),
-        ("a.txt", b"ab \xff", "must be text in UTF-8, but is not: .*0xff.*; convert it"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b', "line 2 must be one JSON object, but is not JS"),
-        ("a.json", b'[\n{"text": "a"}]', "line 1 must be one JSON object, but is not JSON"),
-        ("a.json", b'[{"text": "a"}]', "line 1 must be one JSON object, but is of type list"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' must be text, but is of type int"),
-        (
-            "a.jsonl",
-            b'{"text": "a"}\n\n{"body": "b", "id": 1}\n',
-            "line 3 must have a field 'text', but has body, id; name one of them in data.text_f",
-        ),
-        ("a.csv", b"text\na", r"a.csv must be text \(.txt, .*or .parquet; rename or convert it"),
-        ("a.parquet.gz", b"text\na", "must be text .*; rename or convert it"),
-        ("a.parquet", b"PAR1 rubbish", "cannot be read: ArrowInvalid: .*; the file is damaged or"),
-        ("a.jsonl.gz", b"rubbish", "cannot be read: BadGzipFile: .*; the file is damaged or"),
-        ("a.jsonl.xz", b"rubbish", "cannot be read: LZMAError: .*; the file is damaged or"),
-        ("a.jsonl.zst", b"rubbish", "cannot be read: ZstdError: .*; the file is damaged or"),
-    ],
-)
-def test_bad_files(name: str, content: bytes, message: str, tokenizer: Any, tmp_path: Path) -> None:
-    refuse(content, name, message, tokenizer, tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["gz", "xz", "zst", "parquet"])
-@pytest.mark.parametrize("stem", ["d.txt", "d.jsonl"])
-def test_files_cut_short(
-    kind: str, stem: str, tokenizer: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    rng = random.Random(0)
-    raw = lines_of([{"text": rng.randbytes(200).hex()} for _ in range(1000)])
-    if kind == "parquet":
-        pq.write_table(pa.table({"text": [str(raw)]}), tmp_path / "whole")
-        content, stem = (tmp_path / "whole").read_bytes(), "d"
-    else:
-        pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}[kind]
-        content = pack(raw)
-    message = "cannot be read: (EOFError|ArrowInvalid): .*; the file is damaged or not what its"
-    refuse(content[: len(content) * 2 // 3], f"{stem}.{kind}", message, tokenizer, tmp_path)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_the_bad_one_of_many_files_is_named(tokenizer: Any, tmp_path: Path) -> None:
-    for i, text in enumerate(DOCUMENTS[:9]):
-        (tmp_path / f"{i}.txt").write_text(text)
-    (tmp_path / "5.txt").write_bytes(b"\xff")
-    with pytest.raises(DataError, match=r"[\\/]5.txt must be text in UTF-8"):
-        load_blocks(config_for(tmp_path, tmp_path / "*.txt"), tokenizer, needed=NEEDED)
-
-
-def test_parquet_errors(tokenizer: Any, tmp_path: Path) -> None:
-    source = tmp_path / "d.parquet"
-    config = config_for(tmp_path, source)
-    pq.write_table(pa.table({"body": ["a"], "id": [1]}), source)
-    with pytest.raises(DataError, match=r"d.parquet must have a field 'text', but has body, id; "):
-        load_blocks(config, tokenizer, needed=NEEDED)
-    pq.write_table(pa.table({"text": ["a"], "id": [1]}), source)
-    named = config_for(tmp_path, source, document_field="doc")
-    with pytest.raises(DataError, match=r"a field 'doc', but has text, id; .*document_field"):
-        load_blocks(named, tokenizer, needed=NEEDED)
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), source)
-    with pytest.raises(DataError, match="must hold text, but no record has any in field 'text'"):
-        load_blocks(config, tokenizer, needed=NEEDED)
-    pq.write_table(pa.table({"text": [b"a"]}), source)
-    with pytest.raises(DataError, match=r"record 1: field 'text' must be text, .* type bytes"):
-        load_blocks(config, tokenizer, needed=NEEDED)
-
-
-def test_document_field_must_name(tokenizer: Any, tmp_path: Path) -> None:
-    source = tmp_path / "d.jsonl"
-    source.write_bytes(lines_of([{"text": "a", "doc": 1}, {"text": "b", "doc": None}]))
-    config = config_for(tmp_path, source, document_field="doc")
-    with pytest.raises(
-        DataError, match=r"line 2: field 'doc' must be text or a number, .*NoneType"
-    ):
-        load_blocks(config, tokenizer, needed=NEEDED)
-
-
-def test_sources_that_do_not_fit(tokenizer: Any, tmp_path: Path, caplog: Any) -> None:
-    source = write_jsonl(tmp_path / "d.jsonl", DOCUMENTS)
-    with pytest.raises(DataError, match=r"is a folder; name the files in it, e.g. .*/\*.jsonl"):
-        load_blocks(config_for(tmp_path, tmp_path), tokenizer, needed=NEEDED)
-    with pytest.raises(DataError, match=r"no such file: org/name; .*one hub data set alone"):
-        load_blocks(config_for(tmp_path, source, "org/name"), tokenizer, needed=NEEDED)
-    with pytest.raises(ConfigError, match=r"data.source: must name at least one file"):
-        load_blocks(config_for(tmp_path), tokenizer, needed=NEEDED)
-    with caplog.at_level(logging.WARNING):
-        load_blocks(config_for(tmp_path, source, subset="x"), tokenizer, needed=NEEDED)
-    assert caplog.messages == ["data: data.subset is for hub data sets and is ignored for files"]
-
-
-def test_the_same_file_twice_is_read_once(tokenizer: Any, tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "d.jsonl", DOCUMENTS)
-    once = load_blocks(config_for(tmp_path, source), tokenizer, needed=NEEDED)
-    twice = config_for(tmp_path, source, tmp_path / "*.jsonl")
-    assert rows_of(load_blocks(twice, tokenizer, needed=NEEDED)) == rows_of(once)
-
-
-def test_missing_zstandard(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    source = tmp_path / "d.jsonl.zst"
-    source.write_bytes(b"anything")
-    with pytest.raises(DataError, match="needs the zstandard package; run `pip install zstandard`"):
-        load_blocks(config_for(tmp_path, source), tokenizer, needed=NEEDED)
-
-
-class FakeHub:
-    """Stands in for a streamed hub data set and counts what is read of it."""
-
-    def __init__(self, column_names: list[str] | None) -> None:
-        self.column_names = column_names
-        self.num_read = 0
-
-    def load(self, name: str, subset: str | None, *, split: str, streaming: bool) -> "FakeHub":
-        assert (name, subset, split, streaming) == ("org/name", "small", "train", True)
-        return self
-
-    def select_columns(self, names: list[str]) -> "FakeHub":
-        assert names == ["text"]
-        return self
-
-    def __iter__(self) -> Any:
-        for i in range(10**9):
-            self.num_read += 1
-            yield {"text": DOCUMENTS[i]} if i < len(DOCUMENTS) else {"text": f"more {i}"}
-
-
-@pytest.mark.parametrize("columns", [None, ["text", "image"]])
-def test_hub_data_set(
-    columns: list[str] | None, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    local = write_jsonl(tmp_path / "d.jsonl", DOCUMENTS)
-    expected = load_blocks(config_for(tmp_path, local), tokenizer, needed=NEEDED)
-    hub = FakeHub(columns)
-    monkeypatch.setattr("datasets.load_dataset", hub.load)
-    monkeypatch.setattr(data, "_BATCH_CHARS", 5000)
-    config = config_for(tmp_path, "org/name", subset="small")
-    blocks = load_blocks(config, tokenizer, needed=NEEDED)
-    assert rows_of(blocks) == rows_of(expected)
-    assert 0 < hub.num_read < 1000
-    monkeypatch.setattr("datasets.load_dataset", no_reading)
-    load_blocks(config, tokenizer, needed=NEEDED)
-
-
-def test_hub_errors(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*args: Any, **kwargs: Any) -> Any:
-        raise ConnectionError("Couldn't reach 'org/name'\non the Hub")
-
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
-    message = (
-        r"hub data set 'org/name' \(subset None, split train\) cannot be read: ConnectionError: "
-        r"Couldn't reach 'org/name' on the Hub; check the network and the spelling of the names$"
-    )
-    with pytest.raises(DataError, match=message):
-        load_blocks(config_for(tmp_path, "org/name"), tokenizer, needed=NEEDED)
-    monkeypatch.setattr("datasets.load_dataset", FakeHub(["text"]).load)
-    config = config_for(tmp_path, "org/name", subset="small", text_field="body")
-    with pytest.raises(DataError, match="record 1 must have a field 'body', but has text"):
-        load_blocks(config, tokenizer, needed=NEEDED)
 
 
 def test_token_blocks() -> None:
@@ -653,6 +381,16 @@ def test_block_order_errors() -> None:
         BlockOrder(3, batch_size=2, seed=0).indices(-1)
 
 
+def test_a_file_that_cannot_be_read_leaves_no_cache(tokenizer: Any, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "d.jsonl", DOCUMENTS)
+    with source.open("ab") as stream:
+        stream.write(b"not JSON\n")
+    for needed in ({"bank": 10**6}, {"search": 10**6}):
+        with pytest.raises(DataError, match=r"d.jsonl: line 151 must be one JSON object"):
+            load_blocks(config_for(tmp_path, source), tokenizer, needed=needed)
+    assert [p.name for p in tmp_path.iterdir()] == ["d.jsonl"]
+
+
 def full(*args: Any, **kwargs: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -676,87 +414,3 @@ def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path) -> None:
         DataError, match=r"data.cache: .* must be a folder that can be written, but"
     ):
         load_blocks(config, tokenizer, needed=NEEDED)
-
-
-def test_atomic_write(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "file"
-    with atomic_write(path) as beside:
-        beside.write_text("one")
-        assert beside.parent == path.parent
-        assert not path.exists()
-    assert path.read_text() == "one"
-    with pytest.raises(KeyError), atomic_write(path) as beside:
-        beside.write_text("two")
-        raise KeyError
-    assert path.read_text() == "one"
-    with pytest.raises(FileNotFoundError), atomic_write(path):
-        pass
-    assert [p.name for p in path.parent.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk(number: int, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("one")
-    with (
-        pytest.raises(TrainingError, match=r"file: no space left to write it \([\d,]+ MiB free\)"),
-        atomic_write(path) as beside,
-    ):
-        beside.write_text("half")
-        raise OSError(number, os.strerror(number))
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert path.read_text() == "one"
-    with pytest.raises(PermissionError), atomic_write(path):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-
-def test_full_disk_as_safetensors_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        raise files.SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        )
-
-    monkeypatch.setattr(files, "save_file", fail)
-    with pytest.raises(TrainingError, match="no space left to write it"):
-        save_tensors(tmp_path / "t.safetensors", {"a": torch.zeros(3)})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_json(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    value = {"b": [1, 2.5, None, True], "a": "ü"}
-    write_json(path, value)
-    assert read_json(path) == value
-    assert list(read_json(path)) == ["b", "a"]
-    path.write_text('{"a": 1')
-    with pytest.raises(DamagedFile, match=r"x.json: must hold JSON, but does not: "):
-        read_json(path)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(DamagedFile, match=r"x.json: must hold JSON"):
-        read_json(path)
-    with pytest.raises(FileNotFoundError):
-        read_json(tmp_path / "none.json")
-
-
-def test_tensors(tmp_path: Path) -> None:
-    path = tmp_path / "t.safetensors"
-    tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}
-    tensors["c"] = torch.nn.Parameter(torch.zeros(1))
-    save_tensors(path, tensors, {"note": "x"})
-    assert load_metadata(path) == {"note": "x"}
-    loaded = load_tensors(path)
-    assert set(loaded) == set(tensors)
-    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
-    # Like any other new file, so that a shared folder can be read by those who share it.
-    plain = tmp_path / "plain"
-    plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode
-
-    loaded["a"].fill_(7)
-    assert torch.equal(load_tensors(path)["a"], tensors["a"])
-    for content in (b"", path.read_bytes()[:-1], b"rubbish" * 9):
-        path.write_bytes(content)
-        with pytest.raises(DamagedFile, match=r"t.safetensors: must hold safetensors, but is dam"):
-            load_tensors(path)
-    with pytest.raises(FileNotFoundError):
-        load_tensors(tmp_path / "none.safetensors")

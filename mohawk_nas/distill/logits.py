@@ -127,9 +127,7 @@ def distill_logits(
     size = config.batch_size * config.accumulate * block_size
     with (
         (folder / "log.jsonl").open("a", encoding="utf-8") as log,
-        reporter.stage(
-            "stage 3 (logits)", total=steps * size, unit="tokens", done=progress.step * size
-        ) as task,
+        reporter.stage("stage 3 (logits)", total=steps, unit="step", done=progress.step) as task,
     ):
         while progress.step < steps:
             rate = learning_rate(config, progress.step, steps)
@@ -137,7 +135,7 @@ def distill_logits(
                 teacher, student, train, order, parameters, optimizer, config, rate, progress
             )
             progress.step += 1
-            task.advance(size, loss=loss)
+            task.advance(1, tokens=size, loss=loss)
             entry: dict[str, float] = {"step": progress.step, "loss": loss, "lr": rate}
             last = progress.step == steps
             if last or progress.step % config.validate_steps == 0:

@@ -138,14 +138,14 @@ def train_layers(
             began = max(0, done - first)
             with reporter.stage(
                 f"stage {STAGE_NUMBERS[stage.name]} ({stage.name})",
-                total=steps * size,
-                unit="tokens",
-                done=began * size,
+                total=steps,
+                unit="step",
+                done=began,
             ) as task:
                 for step in range(began, steps):
                     loss = _train_step(teacher, jobs, blocks, order, stage, step, steps)
                     finished = first + step + 1
-                    task.advance(size, loss=loss)
+                    task.advance(1, tokens=size, loss=loss)
                     if save is not None and save_every and finished % save_every == 0:
                         for job in jobs:
                             save(job)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -11,25 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 from mohawk_nas.layout import ATTENTION, Layout
-from mohawk_nas.search.result import Comparison, Placement, StudyResult, Trial
+from mohawk_nas.reporting import text
+from mohawk_nas.search.result import Placement, StudyResult, Trial
 from mohawk_nas.search.space import SearchSpace
 
-__all__ = ["OBJECTIVE_NOTES", "describe_counts", "layers_text", "print_placement", "print_result"]
-
-OBJECTIVE_NOTES = {
-    "kl": "KL divergence from the teacher, nats a token",
-    "stage2_cascade": "relative distance of the replaced mixers' outputs in the assembled student",
-    "stage2_local": "relative distance of the replaced mixers' outputs on the teacher's inputs",
-}
-"""What the figures of an objective are."""
+__all__ = ["print_placement", "print_result"]
 
 SPACED_UP_TO = 16
 """Layers up to which a layout is printed with spaces between the symbols."""
 HALF_BAR = 12
 """Characters of the longest bar on either side of zero."""
-MOST_TIES = 6
-"""Tied layouts named one by one."""
-TIED_MARK = "≈"
 
 
 def print_result(
@@ -46,11 +36,11 @@ def print_result(
     symbols = ", ".join(f"{symbol} = {name}" for name, symbol in result.space.symbols.items())
     console.print()
     _say(console, f"[bold]{result.name}[/bold]: one symbol a layer, first layer left ({symbols})")
-    for line in describe_counts(result):
+    for line in text.counts(result):
         _say(console, line)
     console.print()
     console.print(_best_table(result, top=top))
-    _say(console, f"[dim]{_reading(result)}[/dim]")
+    _say(console, f"[dim]{text.reading(result)}[/dim]")
     if result.baselines:
         console.print()
         console.print(_baseline_table(result))
@@ -58,9 +48,10 @@ def print_result(
         console.print()
         console.print(_worth_table(result))
         if result.worth.r_squared is not None:
-            _say(console, f"[dim]{_fit_reading(result.worth.r_squared)}[/dim]")
+            _say(console, f"[dim]{text.fit_reading(result.worth.r_squared)}[/dim]")
     console.print()
-    _print_verdict(result, console)
+    for line in text.verdict(result):
+        _say(console, line)
     if next_command:
         console.print()
         console.print(Text.assemble("Next:  ", (next_command, "bold")), soft_wrap=True)
@@ -70,47 +61,17 @@ def print_placement(
     placement: Placement, layout: Layout, value: float, result: StudyResult, *, console: Console
 ) -> None:
     """Where one layout stands among a study's trials."""
-    strip = Text.assemble(_strip(layout, result.space), f"  keeps {layers_text(layout)}")
+    strip = Text.assemble(_strip(layout, result.space), f"  keeps {text.layers(layout)}")
     console.print(strip)
     known = " (the study has scored it too)" if placement.trial else ""
     tied = ", tied within noise" if placement.versus_best.tied else ""
+    rank = f"rank {placement.rank} of {placement.num_trials}{known}"
+    _say(console, f"{text.value_name(result)} {value:.4f}, {rank}")
     _say(
         console,
-        f"{_value_name(result)} {value:.4f}, rank {placement.rank} of {placement.num_trials}{known}",
+        f"against the best, {text.layers(result.best.layout)}: "
+        f"{text.difference(placement.versus_best)}{tied}",
     )
-    _say(
-        console,
-        f"against the best, {layers_text(result.best.layout)}: "
-        f"{_difference(placement.versus_best)}{tied}",
-    )
-
-
-def describe_counts(result: StudyResult) -> list[str]:
-    """How much was scored, and of how much."""
-    kept = result.budget.attention_layers
-    fits = f"that keep {kept} attention layer{'' if kept == 1 else 's'}"
-    scored, possible = len(result.trials), result.num_possible
-    if result.solved:
-        lines = [
-            f"Solved exactly: stage2_local is a sum over layers. {scored} of {possible:,} layouts "
-            f"{fits} were scored."
-        ]
-    elif result.exhaustive:
-        lines = [f"All {possible:,} layouts {fits} were scored: the search was exhaustive."]
-    else:
-        lines = [f"{scored:,} distinct layouts of the {possible:,} {fits} were scored."]
-    if result.probe_costs:
-        each = ", ".join(f"{name} {cost.asked}" for name, cost in result.probe_costs.items())
-        fresh = sum(cost.scored for cost in result.probe_costs.values())
-        lines.append(
-            f"Selectors looked at other layouts too ({each}); {fresh} scores were made for them."
-        )
-    return lines
-
-
-def layers_text(layout: Layout) -> str:
-    """The attention layers as one types them, ``4,10,16,22``."""
-    return ",".join(map(str, layout.attention_layers)) or "none"
 
 
 def _best_table(result: StudyResult, *, top: int) -> Table:
@@ -120,8 +81,8 @@ def _best_table(result: StudyResult, *, top: int) -> Table:
     _add_layout_columns(table, result, [trial.layout for trial in shown])
     table.add_column("proposed by")
     for rank, trial in enumerate(shown, start=1):
-        by = ", ".join(dict.fromkeys([trial.proposed_by, *result.labels(trial.layout)]))
-        table.add_row(str(rank), *_layout_cells(result, trial, shown), by)
+        cells = _layout_cells(result, trial, shown)
+        table.add_row(str(rank), *cells, text.proposers(result, trial.layout))
     if len(result.ranking) > top:
         table.caption = f"and {len(result.ranking) - top:,} more"
     return table
@@ -130,10 +91,10 @@ def _best_table(result: StudyResult, *, top: int) -> Table:
 def _baseline_table(result: StudyResult) -> Table:
     table = _table("Baselines: what simple rules choose")
     trials = [result.by_layout[layout] for layout in result.baselines.values()]
-    table.add_column("baseline")
+    table.add_column("baseline", no_wrap=True)
     _add_layout_columns(table, result, [trial.layout for trial in trials])
     table.add_column("rank", justify="right")
-    table.add_column("looked at", justify="right")
+    table.add_column("probes", justify="right")
     rank = {trial.layout: place for place, trial in enumerate(result.ranking, start=1)}
     for label, trial in zip(result.baselines, trials, strict=True):
         cost = result.probe_costs.get(label)
@@ -150,14 +111,14 @@ def _add_layout_columns(table: Table, result: StudyResult, layouts: Sequence[Lay
     if len(result.weights) > 1:
         for name in result.weights:
             table.add_column(name, justify="right")
-    table.add_column(_value_name(result), justify="right")
+    table.add_column(text.value_name(result), justify="right")
     table.add_column("behind the best", no_wrap=True)
 
 
 def _layout_cells(result: StudyResult, trial: Trial, beside: Sequence[Trial]) -> list[str | Text]:
     cells: list[str | Text] = [_strip(trial.layout, result.space)]
     if _has_room([other.layout for other in beside]):
-        cells.append(layers_text(trial.layout))
+        cells.append(text.layers(trial.layout))
     if len(result.weights) > 1:
         cells += [f"{trial.score.mean(name):.4f}" for name in result.weights]
     cells.append(f"{trial.value:.4f}")
@@ -165,12 +126,12 @@ def _layout_cells(result: StudyResult, trial: Trial, beside: Sequence[Trial]) ->
         cells.append("the best")
     else:
         versus = result.versus_best(trial)
-        cells.append(f"{_difference(versus)}{' ' + TIED_MARK if versus.tied else ''}")
+        cells.append(f"{text.difference(versus)}{' ' + text.TIED_MARK if versus.tied else ''}")
     return cells
 
 
 def _worth_table(result: StudyResult) -> Table:
-    worth, name = result.worth, _value_name(result)
+    worth, name = result.worth, text.value_name(result)
     table = _table("What each layer is worth as attention")
     table.add_column("layer", justify="right")
     table.add_column("best", justify="center")
@@ -210,65 +171,18 @@ def _bar(values: Mapping[int, float], layer: int) -> Text:
     )
 
 
-def _print_verdict(result: StudyResult, console: Console) -> None:
-    best = result.best
-    _say(
-        console,
-        f"Best: attention in layers [bold]{layers_text(best.layout)}[/bold], "
-        f"{_value_name(result)} {best.value:.4f}.",
-    )
-    if not result.ties:
-        _say(console, "No other layout that was scored is tied with it.")
-        return
-    named = " | ".join(layers_text(trial.layout) for trial in result.ties[:MOST_TIES])
-    more = len(result.ties) - MOST_TIES
-    rest = f" and {more} more" if more > 0 else ""
-    many = "layout is" if len(result.ties) == 1 else "layouts are"
-    _say(console, f"{len(result.ties)} other {many} tied with it within noise: {named}{rest}.")
-
-
-def _reading(result: StudyResult) -> str:
-    notes = "; ".join(
-        f"{name}: {OBJECTIVE_NOTES[name]}" for name in result.weights if name in OBJECTIVE_NOTES
-    )
-    formula = ""
-    if len(result.weights) > 1:
-        formula = "value = " + " + ".join(f"{w:g} {name}" for name, w in result.weights.items())
-        formula += ". "
-    return (
-        f"Lower is better. {formula}{notes}. Behind the best: mean difference over the same blocks "
-        f"of text ± its standard error; {TIED_MARK} marks a tie, at most two standard errors."
-    )
-
-
-def _fit_reading(r_squared: float) -> str:
-    return (
-        "Keeping it lowers ... by: against keeping an average layer, from an additive fit to all "
-        f"scored layouts (adjusted R² {r_squared:.2f}; 1 would mean that layers do not interact)."
-    )
-
-
-def _value_name(result: StudyResult) -> str:
-    return next(iter(result.weights)) if len(result.weights) == 1 else "value"
-
-
-def _difference(versus: Comparison) -> str:
-    error = f"{versus.standard_error:.4f}" if math.isfinite(versus.standard_error) else "?"
-    return f"{versus.difference:+.4f} ± {error}"
-
-
 def _strip(layout: Layout, space: SearchSpace) -> Text:
     narrow = all(len(symbol) == 1 for symbol in space.symbols.values())
     gap = "" if narrow and space.num_layers > SPACED_UP_TO else " "
-    text = Text()
+    strip = Text()
     for layer, name in enumerate(layout.candidates):
         style = "bold green" if name == ATTENTION else "dim"
-        text.append(f"{gap if layer else ''}{space.symbols[name]}", style=style)
-    return text
+        strip.append(f"{gap if layer else ''}{space.symbols[name]}", style=style)
+    return strip
 
 
 def _has_room(layouts: Sequence[Layout]) -> bool:
-    return max(len(layers_text(layout)) for layout in layouts) <= 20
+    return max(len(text.layers(layout)) for layout in layouts) <= 20
 
 
 def _table(title: str) -> Table:
@@ -280,8 +194,10 @@ def _table(title: str) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1),
+        show_edge=False,
+        collapse_padding=True,
     )
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False)
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False)

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TaskID, TextColumn
-from rich.progress import Task as RichTask
-from rich.text import Text
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from mohawk_nas.reporting import Task
 
@@ -20,10 +18,10 @@ LINE_EVERY = 15.0
 
 
 class ConsoleReporter:
-    """Shows stages as bars on a terminal, and as a line now and then anywhere else.
+    """Shows stages as bars on a terminal, and as plain lines where nobody watches.
 
     Args:
-        console: Where to write; progress belongs on stderr, so that stdout holds results only.
+        console: Where to write. None takes stderr, so that stdout holds results only.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -34,67 +32,72 @@ class ConsoleReporter:
     def stage(
         self, name: str, total: float | None, unit: str, *, done: float = 0
     ) -> Iterator[Task]:
+        figures = _Figures(total, unit, done)
         if not self.console.is_terminal:
-            task = _PlainTask(self.console, name, total, unit, done)
-            yield task
-            task.finish()
+            lines = _Lines(self.console, name, figures)
+            yield lines
+            lines.finish()
             return
         outermost = self._progress is None
-        progress = self._progress or _bars(self.console)
-        self._progress = progress
+        progress = self._progress = self._progress or _bars(self.console)
+        if outermost:
+            progress.start()
         try:
-            if outermost:
-                progress.start()
-            bar = progress.add_task(name, total=total, completed=done, figures="")
-            yield _BarTask(progress, bar, _Figures(name, total, unit, done))
+            bar = progress.add_task(name, total=total, figures=figures.text())
+            progress.update(bar, completed=done)
+            yield _Bar(progress, bar, figures)
+            if figures.idle:
+                progress.remove_task(bar)
         finally:
             if outermost:
                 progress.stop()
                 self._progress = None
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Figures:
     """What a stage has done, and how fast."""
 
-    def __init__(self, name: str, total: float | None, unit: str, done: float) -> None:
-        self.name, self.total, self.unit = name, total, unit
-        self.done, self._done_before = done, done
-        self.tokens = 0
-        self.shown: dict[str, float | str] = {}
+    def __init__(self, total: float | None, unit: str, done: float) -> None:
+        self._total, self._unit = total, unit
+        self._done, self._done_before = done, done
+        self._tokens = 0
+        self._shown: dict[str, float | str] = {}
         self._began = time.monotonic()
 
     def add(self, amount: float, tokens: int, figures: Mapping[str, float | str]) -> None:
-        self.done += amount
-        self.tokens += tokens
-        self.shown |= figures
+        self._done += amount
+        self._tokens += tokens
+        self._shown.update(figures)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing has been done in this run."""
+        return self._done == self._done_before
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._began
 
     def text(self) -> str:
-        """Count, rate, time left, then the figures."""
-        count = f"{self.done:,.0f}"
-        plural = "s"
-        if self.total is not None:
-            count += f"/{self.total:,.0f}"
-            plural = "" if self.total == 1 else "s"
-        parts = [f"{count} {self.unit}{plural}"]
-        if self.tokens and self.seconds > 0:
-            parts.append(f"{self.tokens / self.seconds:,.0f} tokens/s")
-        new = self.done - self._done_before
-        if self.total is not None and new > 0 and self.done < self.total:
-            parts.append(f"{_duration(self.seconds / new * (self.total - self.done))} left")
-        for name, value in self.shown.items():
+        """How much, how fast, how much longer, then the figures."""
+        of_total = "" if self._total is None else f"/{self._total:,.0f}"
+        plural = "" if (self._total or self._done) == 1 else "s"
+        parts = [f"{self._done:,.0f}{of_total} {self._unit}{plural}"]
+        if self._tokens:
+            parts.append(f"{self._tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
+        if self._total is not None and not self.idle and self._done < self._total:
+            rate = (self._done - self._done_before) / max(self.seconds, 1e-9)
+            parts.append(f"{_duration((self._total - self._done) / rate)} left")
+        for name, value in self._shown.items():
             shown = value if isinstance(value, str) else f"{value:.4g}"
             parts.append(f"{name.replace('_', ' ')} {shown}")
         return " · ".join(parts)
 
 
-class _BarTask:
+class _Bar:
     def __init__(self, progress: Progress, bar: TaskID, figures: _Figures) -> None:
         self._progress, self._bar, self._figures = progress, bar, figures
 
@@ -103,12 +106,9 @@ class _BarTask:
         self._progress.update(self._bar, advance=amount, figures=self._figures.text())
 
 
-class _PlainTask:
-    def __init__(
-        self, console: Console, name: str, total: float | None, unit: str, done: float
-    ) -> None:
-        self._console = console
-        self._figures = _Figures(name, total, unit, done)
+class _Lines:
+    def __init__(self, console: Console, name: str, figures: _Figures) -> None:
+        self._console, self._name, self._figures = console, name, figures
         self._last = time.monotonic()
 
     def advance(self, amount: float = 1, *, tokens: int = 0, **figures: float | str) -> None:
@@ -118,36 +118,28 @@ class _PlainTask:
             self._print("")
 
     def finish(self) -> None:
-        self._print(f" · took {_duration(self._figures.seconds)}")
+        if not self._figures.idle:
+            self._print(f" · took {_duration(self._figures.seconds)}")
 
     def _print(self, rest: str) -> None:
-        line = f"{self._figures.name}: {self._figures.text()}{rest}"
-        self._console.print(line, highlight=False, soft_wrap=True)
-
-
-class _Clock(ProgressColumn):
-    def render(self, task: RichTask) -> Text:
-        return Text(_duration(task.elapsed or 0.0), style="cyan")
+        line = f"{self._name}: {self._figures.text()}{rest}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _bars(console: Console) -> Progress:
     return Progress(
         SpinnerColumn(finished_text=" "),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=16),
-        _Clock(),
-        TextColumn("{task.fields[figures]}", style="dim"),
+        TextColumn("{task.fields[figures]}", style="dim", markup=False),
         console=console,
     )
 
 
 def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return (
-        f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-        if minutes >= 60
-        else f"{minutes}:{rest:02d} min"
-    )
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes}:{rest:02d} min"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"

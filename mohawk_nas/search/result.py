@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,7 @@ __all__ = [
     "StudyResult",
     "Trial",
     "compare",
+    "compare_blocks",
 ]
 
 TIED_WITHIN = 2.0
@@ -221,8 +222,12 @@ def compare(one: Score, other: Score, weights: Mapping[str, float]) -> Compariso
     if not all(map(math.isfinite, values)):
         difference = 0.0 if values[0] == values[1] else values[0] - values[1]
         return Comparison(difference=difference, standard_error=0.0)
-    pairs = zip(one.blocks(weights), other.blocks(weights), strict=True)
-    differences = [a - b for a, b in pairs]
+    return compare_blocks(one.blocks(weights), other.blocks(weights))
+
+
+def compare_blocks(one: Sequence[float], other: Sequence[float]) -> Comparison:
+    """Paired comparison of one figure a block."""
+    differences = [a - b for a, b in zip(one, other, strict=True)]
     error = math.inf
     if len(differences) > 1:
         error = statistics.stdev(differences) / math.sqrt(len(differences))

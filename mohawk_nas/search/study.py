@@ -282,7 +282,7 @@ class _Study:
                 self._space.check(layout)
                 score = self._scorer.score(layout)
                 self._ledger.add_probe(layout, score, charged_to=name)
-                task.advance(1, looking_at=name)
+                task.advance(1)
             return score
 
         return SearchContext(
@@ -305,7 +305,8 @@ class _Study:
             provenance=self._provenance(proposal.layout),
         )
         best = min(self._ledger.trials, key=lambda trial: (trial.value, trial.number))
-        task.advance(1, best=best.layout.strip(self._space.symbols), value=best.value)
+        strip = best.layout.strip(self._space.symbols)
+        task.advance(1, value=best.value, best=strip)
 
     def _seed(self) -> int:
         return trial_seed(self._config.seed, len(self._ledger.trials))

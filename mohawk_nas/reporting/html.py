@@ -1,0 +1,249 @@
+"""``report.html``: what a search found, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from mohawk_nas.config import StudyConfig, dump
+from mohawk_nas.files import atomic_write
+from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.reporting import text
+from mohawk_nas.search.result import StudyResult, Trial
+
+__all__ = ["render_report", "write_report"]
+
+TOP = 20
+"""Best layouts shown."""
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #d9dee7;
+  --page: #ffffff; --panel: #f5f7fa; --keep: #0b7a53; --lose: #b4483c; --dot: #8aa0bd; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #333b48;
+  --page: #14181f; --panel: #1c222c; --keep: #3fbf8f; --lose: #e07a6d; --dot: #5d7391; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--page);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2.4rem 0 .5rem; }
+p { margin: .3rem 0; } .soft { color: var(--soft); font-size: .87rem; max-width: 52rem; }
+.answer { background: var(--panel); border-radius: 8px; padding: 1rem 1.2rem; margin: 1.2rem 0; }
+.answer .strip { font-size: 1.1rem; margin-bottom: .5rem; display: inline-block; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+th { text-align: left; font-weight: 600; color: var(--soft); font-size: .82rem; }
+th, td { padding: .28rem .7rem .28rem 0; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+.strip { font-family: ui-monospace, monospace; color: var(--soft); letter-spacing: .1em; }
+.strip b { color: var(--keep); }
+svg { width: 100%; height: auto; display: block; font: 12px system-ui, sans-serif; }
+svg text { fill: var(--soft); } svg .axis { stroke: var(--line); }
+.keep { fill: var(--keep); } .lose { fill: var(--lose); } svg text.kept { fill: var(--keep);
+  font-weight: 700; } .dot { fill: var(--dot); } .base { fill: none; stroke: var(--dot); }
+.best { fill: none; stroke: var(--keep); stroke-width: 2; }
+pre { background: var(--panel); border-radius: 8px; padding: 1rem; overflow-x: auto;
+  font-size: .82rem; }
+"""
+
+
+def write_report(path: Path, result: StudyResult, config: StudyConfig) -> Path:
+    """Write the report and return its path.
+
+    Args:
+        path: Where; an earlier report is replaced.
+        result: The study; it has at least one trial.
+        config: The settings that were resolved for it.
+    """
+    with atomic_write(path) as beside:
+        beside.write_text(render_report(result, config), encoding="utf-8")
+    return path
+
+
+def render_report(result: StudyResult, config: StudyConfig) -> str:
+    """The report's text."""
+    symbols = ", ".join(f"{symbol} = {name}" for name, symbol in result.space.symbols.items())
+    sections = [
+        f"<h1>{escape(result.name)}</h1>",
+        "<p>Which layers of the teacher stay attention. One symbol a layer, first layer left: "
+        f"{escape(symbols)}.</p>",
+        f'<div class="answer">{_strip(result, result.best.layout)}'
+        f"{_paragraphs(text.verdict(result))}</div>",
+        _paragraphs(text.counts(result)),
+        "<h2>Best layouts</h2>",
+        _best_table(result),
+        f'<p class="soft">{escape(text.reading(result))}</p>',
+    ]
+    if result.baselines:
+        sections += ["<h2>Baselines: what simple rules choose</h2>", _baseline_table(result)]
+    if result.worth.fitted:
+        sections += ["<h2>What each layer is worth as attention</h2>", _worth_chart(result)]
+        if result.worth.r_squared is not None:
+            note = escape(text.fit_reading(result.worth.r_squared))
+            sections.append(f'<p class="soft">{note}</p>')
+    sections += [
+        "<h2>How the search went</h2>",
+        _anytime_chart(result),
+        '<p class="soft">Each mark is a layout in the order of scoring, hollow where a baseline '
+        "named it; the line is the best so far.</p>",
+        "<h2>Settings</h2>",
+        f"<pre>{escape(dump(config))}</pre>",
+    ]
+    body = "\n".join(sections)
+    title = escape(result.name)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}: mohawk-nas</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _best_table(result: StudyResult) -> str:
+    shown = result.ranking[:TOP]
+    rows = [
+        [f"{rank}", *_cells(result, trial), escape(text.proposers(result, trial.layout))]
+        for rank, trial in enumerate(shown, start=1)
+    ]
+    return _table(["#", *_columns(result), "proposed by"], rows, numbers=_numbers(result, [0]))
+
+
+def _baseline_table(result: StudyResult) -> str:
+    rank = {trial.layout: place for place, trial in enumerate(result.ranking, start=1)}
+    rows = []
+    for label, layout in result.baselines.items():
+        cost = result.probe_costs.get(label)
+        cells = _cells(result, result.by_layout[layout])
+        rows.append([escape(label), *cells, str(rank[layout]), str(cost.asked) if cost else ""])
+    columns = _columns(result)
+    numbers = _numbers(result, [1 + len(columns), 2 + len(columns)])
+    return _table(["baseline", *columns, "rank", "probes"], rows, numbers=numbers)
+
+
+def _columns(result: StudyResult) -> list[str]:
+    parts = list(result.weights) if len(result.weights) > 1 else []
+    return ["layout", "keeps", *parts, text.value_name(result), "behind the best"]
+
+
+def _numbers(result: StudyResult, others: Iterable[int]) -> set[int]:
+    # Columns of figures: behind "layout" and "keeps", up to the value.
+    parts = len(result.weights) if len(result.weights) > 1 else 0
+    return {*others, *range(3, 4 + parts)}
+
+
+def _cells(result: StudyResult, trial: Trial) -> list[str]:
+    cells = [_strip(result, trial.layout), text.layers(trial.layout)]
+    if len(result.weights) > 1:
+        cells += [f"{trial.score.mean(name):.4f}" for name in result.weights]
+    cells.append(f"{trial.value:.4f}")
+    if trial.layout == result.best.layout:
+        return [*cells, "the best"]
+    versus = result.versus_best(trial)
+    return [*cells, f"{text.difference(versus)}{' ' + text.TIED_MARK if versus.tied else ''}"]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: set[int]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        joined = "".join(
+            f'<{tag} class="n">{cell}</{tag}>' if i in numbers else f"<{tag}>{cell}</{tag}>"
+            for i, cell in enumerate(cells)
+        )
+        return f"<tr>{joined}</tr>"
+
+    lines = [line("th", [escape(name) for name in columns]), *(line("td", row) for row in rows)]
+    return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def _strip(result: StudyResult, layout: Layout) -> str:
+    cells = []
+    for name in layout.candidates:
+        symbol = escape(result.space.symbols[name])
+        cells.append(f"<b>{symbol}</b>" if name == ATTENTION else symbol)
+    narrow = all(len(symbol) == 1 for symbol in result.space.symbols.values())
+    return f'<span class="strip">{("" if narrow else " ").join(cells)}</span>'
+
+
+def _paragraphs(lines: Iterable[str]) -> str:
+    return "".join(f"<p>{escape(line)}</p>" for line in lines)
+
+
+def _worth_chart(result: StudyResult) -> str:
+    fitted = result.worth.fitted or {}
+    longest = max((abs(value) for value in fitted.values()), default=0.0) or 1.0
+    row, middle, reach = 20, 430, 250
+    height = row * result.space.num_layers + 30
+    marks = [
+        f'<text x="{middle}" y="14" text-anchor="middle">keeping it raises | lowers '
+        f"{escape(text.value_name(result))}</text>",
+        f'<line class="axis" x1="{middle}" x2="{middle}" y1="24" y2="{height - 6}"/>',
+    ]
+    for layer in range(result.space.num_layers):
+        y = 26 + row * layer
+        kept = result.best.layout[layer] == ATTENTION
+        symbol = escape(result.space.symbols[result.best.layout[layer]])
+        style = ' class="kept"' if kept else ""
+        marks.append(f'<text{style} x="10" y="{y + 13}">layer {layer}</text>')
+        marks.append(f'<text{style} x="80" y="{y + 13}">{symbol}</text>')
+        if layer not in fitted:
+            marks.append(f'<text x="110" y="{y + 13}">pinned</text>')
+            continue
+        value = fitted[layer]
+        length = reach * abs(value) / longest
+        x = middle if value >= 0 else middle - length
+        style = "keep" if value >= 0 else "lose"
+        marks.append(
+            f'<rect class="{style}" x="{x:.1f}" y="{y + 3}" width="{length:.1f}" height="{row - 6}"'
+            f' rx="2"/><text x="780" y="{y + 13}" text-anchor="end">{value:+.4f}</text>'
+        )
+    return _svg(800, height, marks, label="What each layer is worth as attention")
+
+
+def _anytime_chart(result: StudyResult) -> str:
+    width, height, left, top, bottom = 800, 300, 70, 14, 40
+    finite = [trial.value for trial in result.trials if math.isfinite(trial.value)] or [0.0]
+    low, high = min(finite), max(finite)
+    spread = (high - low) or 1.0
+    count = len(result.trials)
+
+    def x(number: float) -> float:
+        return left + (width - left - 20) * (number / max(count - 1, 1))
+
+    def y(value: float) -> float:
+        return top + (height - top - bottom) * (1 - (min(value, high) - low) / spread)
+
+    floor = height - bottom + 8
+    marks = [f'<line class="axis" x1="{left - 8}" x2="{width - 10}" y1="{floor}" y2="{floor}"/>']
+    for value in (low, (low + high) / 2, high):
+        at = y(value)
+        marks.append(
+            f'<line class="axis" x1="{left - 8}" x2="{width - 10}" y1="{at:.1f}" y2="{at:.1f}"/>'
+            f'<text x="{left - 14}" y="{at + 4:.1f}" text-anchor="end">{value:.4f}</text>'
+        )
+    for number in sorted({0, (count - 1) // 2, count - 1}):
+        marks.append(
+            f'<text x="{x(number):.1f}" y="{floor + 18}" text-anchor="middle">{number + 1}</text>'
+        )
+    marks.append(
+        f'<text x="{width / 2}" y="{height - 2}" text-anchor="middle">layouts scored</text>'
+    )
+    for trial in result.trials:
+        style = "base" if result.labels(trial.layout) else "dot"
+        note = f"{text.layers(trial.layout)}: {trial.value:.4f} ({trial.proposed_by})"
+        marks.append(
+            f'<circle class="{style}" cx="{x(trial.number):.1f}" cy="{y(trial.value):.1f}" r="3">'
+            f"<title>{escape(note)}</title></circle>"
+        )
+    steps = result.anytime()
+    path = f"M{x(0):.1f} {y(steps[0]):.1f}"
+    for number, value in enumerate(steps[1:], start=1):
+        path += f"H{x(number):.1f}V{y(value):.1f}"
+    marks.append(f'<path class="best" d="{path}"/>')
+    return _svg(width, height, marks, label="Best value after each layout")
+
+
+def _svg(width: int, height: int, marks: Iterable[str], *, label: str) -> str:
+    inner = "\n".join(marks)
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">\n'
+        f"{inner}\n</svg>"
+    )

@@ -1,0 +1,208 @@
+"""What each command prints: results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mohawk_nas.config import OBJECTIVES, StudyConfig
+from mohawk_nas.distill.logits import LogitsResult
+from mohawk_nas.evaluate import RECALL_LENGTH, Evaluation
+from mohawk_nas.layout import Layout
+from mohawk_nas.mixer import MIXERS
+from mohawk_nas.plan import Plan
+from mohawk_nas.reporting.console import print_placement, print_result
+from mohawk_nas.reporting.progress import ConsoleReporter
+from mohawk_nas.reporting.text import OBJECTIVE_NOTES
+from mohawk_nas.search.result import Placement, StudyResult, compare_blocks
+from mohawk_nas.search.scoring import Score
+from mohawk_nas.search.space import space_names
+from mohawk_nas.search.strategy import STRATEGIES
+
+__all__ = [
+    "reporter",
+    "show_distillation",
+    "show_evaluation",
+    "show_export",
+    "show_names",
+    "show_placement",
+    "show_plan",
+    "show_result",
+]
+
+_OUT = Console()
+
+
+def reporter() -> ConsoleReporter:
+    """Progress for a person who watches."""
+    return ConsoleReporter()
+
+
+def show_result(result: StudyResult, *, files: Sequence[Path], next_command: str) -> None:
+    """A finished search."""
+    print_result(result, console=_OUT, next_command=next_command)
+    _say("Wrote  " + "  ".join(str(file) for file in files))
+
+
+def show_placement(layout: Layout, score: Score, placement: Placement, result: StudyResult) -> None:
+    """One layout among a study's trials."""
+    print_placement(placement, layout, score.value(result.weights), result, console=_OUT)
+
+
+def show_plan(config: StudyConfig, plan: Plan) -> None:
+    """What a search would do."""
+    table = _table(f"Plan of {config.name}: nothing has been run")
+    table.add_column("what", no_wrap=True)
+    table.add_column("how much")
+    table.add_row("teacher", f"{plan.teacher_params:,} parameters, {plan.num_layers} layers")
+    for name, params in plan.candidate_params.items():
+        table.add_row(f"candidate {name}", f"{params:,} parameters a layer")
+    table.add_row("bank", f"{plan.num_entries} entries, fewer if some are there already")
+    for stage, tokens in plan.bank_tokens.items():
+        if tokens:
+            table.add_row(
+                f"  stage {stage}", f"{tokens:,} tokens, {plan.bank_steps[stage]:,} steps"
+            )
+    search = plan.search
+    how = "every one is scored" if search.exhaustive else f"{search.trials:,} are scored"
+    if search.solved:
+        how = "the best follows from the single layers' losses; it and the baselines are scored"
+    table.add_row("layouts", f"{search.possible:,} meet the budget, {how}")
+    if search.probes:
+        probes = ", ".join(f"{name} {count:,}" for name, count in search.probes.items())
+        table.add_row("  looked at besides", f"at most {sum(search.probes.values()):,} ({probes})")
+    table.add_row("  tokens a layout", f"{plan.score_tokens:,}")
+    for stage, tokens in plan.distill_tokens.items():
+        if tokens:
+            table.add_row(f"distillation, {stage}", f"{tokens:,} tokens")
+    _OUT.print(table)
+
+    memory = _table("Memory while the bank is trained, counted (working memory comes on top)")
+    memory.add_column("part", no_wrap=True)
+    memory.add_column("size", justify="right")
+    for part, size in plan.memory_bytes.items():
+        memory.add_row(part, _bytes(size))
+    memory.add_row("bank on disk", _bytes(plan.disk_bytes))
+    _OUT.print(memory)
+
+    times = _table(
+        f"Least time on this machine ({plan.device}), counted operations at the "
+        f"{plan.flops_per_second / 1e9:,.0f} GFLOP/s of a matrix product just measured"
+    )
+    times.add_column("phase", no_wrap=True)
+    times.add_column("operations", justify="right")
+    times.add_column("at least", justify="right")
+    for phase, seconds in plan.seconds.items():
+        times.add_row(phase, f"{plan.flops[phase]:.2e}", _duration(seconds))
+    _OUT.print(times)
+    _say("A real run takes a few times as long: no phase is a matrix product alone.")
+
+
+def show_distillation(result: LogitsResult, *, next_command: str) -> None:
+    """A finished distillation."""
+    versus = compare_blocks(result.after.kl, result.before.kl)
+    change = versus.difference / result.before.mean_kl
+    table = _table("Validation split, nats a token (lower is better)")
+    for column in ("", "KL to the teacher", "cross-entropy"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for name, figures in (("undistilled", result.before), ("distilled", result.after)):
+        table.add_row(name, f"{figures.mean_kl:.4f}", f"{figures.mean_cross_entropy:.4f}")
+    _OUT.print(table)
+    _say(
+        f"KL changed by {change:+.1%} ({versus.difference:+.4f} ± {versus.standard_error:.4f}, "
+        f"paired over {len(result.after.kl)} blocks) with {result.tokens:,} tokens of stage 3."
+    )
+    if result.best_step == 0:
+        _say(
+            "No step of stage 3 was better than its start, which is kept: lower "
+            "distill.logits.lr, or give it more tokens."
+        )
+    _next(next_command)
+
+
+def show_export(folder: Path, found: Mapping[str, float], *, next_command: str) -> None:
+    """A checked export."""
+    _say(f"Wrote {folder}; loaded again in a fresh process:")
+    for name, difference in found.items():
+        _say(f"  {name}: largest relative difference {difference:.1e}")
+    _say("  generate(): the same tokens with and without cache, left padding included")
+    _next(next_command)
+
+
+def show_evaluation(rows: Sequence[Evaluation]) -> None:
+    """Models beside each other."""
+    table = _table("Test split")
+    table.add_column("model", no_wrap=True)
+    for column in ("perplexity", "KL to the teacher", "± standard error", "recall"):
+        table.add_column(column, justify="right", no_wrap=True)
+    zeros = tuple(0.0 for _ in rows[0].figures.kl)
+    for row in rows:
+        error = compare_blocks(row.figures.kl, zeros).standard_error
+        table.add_row(
+            row.name,
+            f"{row.perplexity:.2f}",
+            f"{row.figures.mean_kl:.4f}",
+            f"{error:.4f}",
+            f"{row.recall:.1%}",
+        )
+    _OUT.print(table)
+    _say(
+        f"KL in nats a token. Recall: share of a repeated string of {RECALL_LENGTH} random tokens "
+        f"that is predicted right; the teacher's {rows[0].recall:.1%} is what there is to keep."
+    )
+
+
+def show_names(what: str) -> None:
+    """What ``ls`` lists."""
+    if what == "mixers":
+        _names(
+            {
+                name: f"{MIXERS.get(name).symbol}  {_first_line(MIXERS.get(name))}"
+                for name in MIXERS.names()
+            }
+        )
+    elif what == "spaces":
+        _names(dict.fromkeys(space_names(), ""))
+    elif what == "strategies":
+        _names({name: _first_line(STRATEGIES.get(name)) for name in STRATEGIES.names()})
+    else:
+        _names({name: OBJECTIVE_NOTES[name] for name in OBJECTIVES})
+
+
+def _names(notes: Mapping[str, str]) -> None:
+    for name, note in notes.items():
+        _say(f"{name:<16} {note}".rstrip())
+
+
+def _first_line(item: type) -> str:
+    return (item.__doc__ or "").strip().splitlines()[0] if item.__doc__ else ""
+
+
+def _next(command: str) -> None:
+    _OUT.print()
+    _OUT.print(Text.assemble("Next:  ", (command, "bold")), soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    _OUT.print(text, highlight=False, soft_wrap=True)
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "under 1 s"
+    return f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
