@@ -201,7 +201,7 @@ def _load(study: Path, overrides: Sequence[str] | None) -> StudyConfig:
 
 def _quiet() -> None:
     """Leave the screen to this program: no libraries' progress bars, no advice."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

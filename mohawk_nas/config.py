@@ -7,7 +7,9 @@ once, each with its dotted path; past this module only the dataclasses travel.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,7 +246,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
 
     Args:
         path: YAML file.
-        overrides: Dotted assignments such as ``search.trials=50``, later ones win.
+        overrides: Dotted assignments such as ``search.trials=50``, later ones win. Relative paths
+            in them start at the working folder.
 
     Raises:
         ConfigError: The file is missing or not YAML, or anything in it is wrong; all problems in
@@ -283,35 +286,35 @@ def study_from_dict(
         ConfigError: Every problem found.
     """
     problems: list[str] = []
-    settings = _normalise(raw, base)
+    settings = _normalise(raw)
+    if base is not None:
+        _locate(settings, base)
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not key.strip():
+        keys = key.strip().split(".")
+        if not equals or not all(keys):
             problems.append(f"override {override!r} must look like key.name=value")
             continue
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        _assign(settings, key.strip().split("."), value)
-    settings = _normalise(settings, None)
+        _assign(settings, keys, _located(keys, value))
+    settings = _normalise(settings)
 
     config = writable(StudyConfig)
     known = _known_paths(StudyConfig)
     for dotted, value in _leaves(settings, StudyConfig):
-        if dotted not in known:
-            parent, _, name = dotted.rpartition(".")
-            siblings = [p.rpartition(".")[2] for p in known if p.rpartition(".")[0] == parent]
-            hint = did_you_mean(name, siblings) or f" Known here: {', '.join(siblings)}."
-            problems.append(f"{dotted}: unknown key.{hint}")
+        if problem := _misplaced(dotted, value, known):
+            problems.append(problem)
             continue
         try:
             OmegaConf.update(config, dotted, value, merge=False)
         except (OmegaConfBaseException, ValueError) as e:
-            problems.append(f"{dotted}: {_first_line(e)}")
+            inner = getattr(e, "full_key", None) or dotted
+            where = inner if inner.startswith(dotted) else f"{dotted}.{inner}"
+            problems.append(f"{where}: {_unfit(known[dotted], value, e)}")
     missing = sorted(OmegaConf.missing_keys(config))
-    broken = {problem.split(":")[0] for problem in problems}
-    problems += [f"{name}: must be given" for name in missing if name not in broken]
     for name in missing:
         # A stand-in of the right type, so that the checks below can still run.
         OmegaConf.update(
@@ -319,7 +322,10 @@ def study_from_dict(
         )
     study = OmegaConf.to_object(config)
     assert isinstance(study, StudyConfig)
-    problems += [p for p in _check(study) if p.split(":")[0] not in (*missing, *broken)]
+    # Nothing is reported twice: what is wrong in itself is neither missing nor checked again.
+    for found in ([f"{name}: must be given" for name in missing], _check(study)):
+        broken = [problem.split(":")[0] for problem in problems]
+        problems += [p for p in found if not any(_overlap(p.split(":")[0], b) for b in broken)]
     if problems:
         raise ConfigError(problems, source=source)
     return study
@@ -364,22 +370,30 @@ def flatten(config: StudyConfig) -> dict[str, Any]:
     return dict(_leaves(plain(config), StudyConfig))
 
 
-def _normalise(raw: Mapping[str, Any], base: Path | None) -> dict[str, Any]:
-    # Short forms become the one long form, and paths of inputs start at the study's own folder.
+def _normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which short forms have become the one long form."""
     settings: dict[str, Any] = {
-        key: _normalise(value, None) if isinstance(value, Mapping) else value
+        key: _normalise(value) if isinstance(value, Mapping) else value
         for key, value in raw.items()
     }
-    search, space = settings.get("search"), settings.get("space")
+    search, space, data = (settings.get(name) for name in ("search", "space", "data"))
     if isinstance(search, dict) and isinstance(search.get("objective"), str):
         search["objective"] = {search["objective"]: 1.0}
     if isinstance(space, str):
         settings["space"] = {"name": space}
-    data = settings.get("data")
+    elif isinstance(space, dict) and isinstance(space.get("pinned"), dict):
+        # Keys of an override are text.
+        space["pinned"] = {
+            int(key) if isinstance(key, str) and key.isdecimal() else key: name
+            for key, name in space["pinned"].items()
+        }
     if isinstance(data, dict) and isinstance(data.get("source"), str):
         data["source"] = [data["source"]]
-    if base is None:
-        return settings
+    return settings
+
+
+def _locate(settings: dict[str, Any], base: Path) -> None:
+    """Make relative paths of inputs start at a folder, in place."""
 
     def located(text: object) -> object:
         if not isinstance(text, str) or text.startswith("package:") or Path(text).is_absolute():
@@ -389,23 +403,21 @@ def _normalise(raw: Mapping[str, Any], base: Path | None) -> dict[str, Any]:
         looks_local = bool(re.match(r"\.{1,2}/", text) or re.search(r"[*?\[]|\.[A-Za-z]\w*$", text))
         return str(path.resolve()) if path.exists() or looks_local else text
 
-    for section, keys in (
-        ("teacher", ("source", "tokenizer", "architecture")),
-        ("space", ("name",)),
-    ):
-        part = settings.get(section)
-        if isinstance(part, dict):
-            for key in keys:
-                if key in part:
-                    part[key] = located(part[key])
+    teacher, data, space = (settings.get(name) for name in ("teacher", "data", "space"))
+    if isinstance(teacher, dict):
+        for key in ("source", "tokenizer", "architecture"):
+            if key in teacher:
+                teacher[key] = located(teacher[key])
     if isinstance(data, dict) and isinstance(data.get("source"), list):
         data["source"] = [located(item) for item in data["source"]]
-    if isinstance(settings.get("plugins"), list):
+    # A space that comes with the package has no ending, whatever lies beside the study.
+    if isinstance(space, dict) and str(space.get("name")).endswith((".yaml", ".yml")):
+        space["name"] = located(space["name"])
+    plugins = settings.get("plugins")
+    if isinstance(plugins, list):
         settings["plugins"] = [
-            str((base / item).resolve()) if isinstance(item, str) else item
-            for item in settings["plugins"]
+            str((base / item).resolve()) if isinstance(item, str) else item for item in plugins
         ]
-    return settings
 
 
 def _assign(settings: dict[str, Any], keys: Sequence[str], value: object) -> None:
@@ -417,11 +429,76 @@ def _assign(settings: dict[str, Any], keys: Sequence[str], value: object) -> Non
     settings[keys[-1]] = value
 
 
-def _known_paths(cls: type, prefix: str = "") -> list[str]:
-    paths = []
+def _overlap(one: str, other: str) -> bool:
+    """Whether two dotted paths are the same, or one lies within the other."""
+    short, long = sorted((one, other), key=len)
+    return long == short or long.startswith((f"{short}.", f"{short}["))
+
+
+def _located(keys: Sequence[str], value: object) -> object:
+    """An override's value, with paths of inputs that start at the working folder."""
+    alone: dict[str, Any] = {}
+    _assign(alone, keys, value)
+    if list(keys) == ["data", "source"] and isinstance(value, str):
+        alone["data"]["source"] = [value]
+    _locate(alone, Path.cwd())
+    found: Any = alone
+    for key in keys:
+        found = found[key]
+    return found
+
+
+def _known_paths(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> type of every setting, and -> None of every section."""
+    paths: dict[str, Any] = {}
+    hints = _hints(cls)
     for f, inner in _fields(cls):
-        paths += _known_paths(inner, f"{prefix}{f}.") if inner else [f"{prefix}{f}"]
+        paths[f"{prefix}{f}"] = None if inner else hints[f]
+        if inner:
+            paths |= _known_paths(inner, f"{prefix}{f}.")
     return paths
+
+
+def _misplaced(dotted: str, value: object, known: Mapping[str, Any]) -> str | None:
+    """What is wrong with a setting whatever its type is."""
+    if dotted not in known:
+        parent, _, name = dotted.rpartition(".")
+        siblings = [path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == parent]
+        hint = did_you_mean(name, siblings) or f" Known here: {', '.join(siblings)}."
+        return f"{dotted}: unknown key.{hint}"
+    if known[dotted] is None:
+        return f"{dotted}: must be a section of settings, but got {value!r}"
+    if value is None and type(None) not in typing.get_args(known[dotted]):
+        return f"{dotted}: must have a value, but is empty"
+    if value == MISSING:
+        return f"{dotted}: must be given"
+    if any("${" in text for text in _texts(value)):
+        return f"{dotted}: values stand for themselves, so '${{' must not be in one: {value!r}"
+    return None
+
+
+def _unfit(kind: Any, value: object, error: Exception) -> str:
+    """Why a value is not of its setting's type."""
+    origin, length = typing.get_origin(kind) or kind, len(typing.get_args(kind))
+    if origin is tuple and (not isinstance(value, list) or len(value) != length):
+        return f"must be a list of {length}, but got {value!r}"
+    if origin is list and not isinstance(value, list):
+        return f"must be a list, but got {value!r}"
+    if origin is dict and not isinstance(value, dict):
+        return f"must be a mapping, but got {value!r}"
+    return str(error).splitlines()[0].strip()
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
 
 
 def _fields(cls: type) -> Iterator[tuple[str, type | None]]:
@@ -432,27 +509,20 @@ def _fields(cls: type) -> Iterator[tuple[str, type | None]]:
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    import typing
-
     return typing.get_type_hints(cls)
 
 
-def _leaves(
-    settings: Mapping[str, Any], cls: type | None, prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
+def _leaves(settings: Mapping[str, Any], cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     # Mappings are walked where the schema has a section, and taken whole where it has a value.
-    sections = {name: inner for name, inner in _fields(cls) if inner} if cls else {}
+    sections = {name: inner for name, inner in _fields(cls) if inner}
     for key, value in settings.items():
-        if key in sections and isinstance(value, Mapping):
+        if key not in sections:
+            yield f"{prefix}{key}", value
+        elif isinstance(value, Mapping):
             yield from _leaves(value, sections[key], f"{prefix}{key}.")
-        elif key in sections:
+        # A section whose lines are all commented out is none.
+        elif value is not None:
             yield f"{prefix}{key}", value
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].strip()
 
 
 def _check(study: StudyConfig) -> list[str]:
@@ -493,7 +563,10 @@ def _check(study: StudyConfig) -> list[str]:
             f"search.objective.{name}: unknown objective; available: {', '.join(OBJECTIVES)}."
             f"{did_you_mean(name, OBJECTIVES)}",
         )
-        need(weight > 0, f"search.objective.{name}: its weight must be above 0, but got {weight}")
+        need(
+            0 < weight < math.inf,
+            f"search.objective.{name}: its weight must be above 0, but got {weight}",
+        )
     need(
         not study.teacher.overrides or study.teacher.random_weights,
         "teacher.overrides: changes the architecture, so it needs teacher.random_weights: true",
@@ -511,7 +584,19 @@ def _check(study: StudyConfig) -> list[str]:
         need(
             stage.batch_size >= 1, f"{name}.batch_size: must be at least 1, got {stage.batch_size}"
         )
-        need(stage.lr > 0, f"{name}.lr: must be above 0, but got {stage.lr}")
+        need(0 < stage.lr < math.inf, f"{name}.lr: must be above 0, but got {stage.lr}")
+        need(
+            0 <= stage.min_lr <= stage.lr or not stage.lr > 0,
+            f"{name}.min_lr: must lie within 0 and {name}.lr, but got {stage.min_lr}",
+        )
+        need(
+            all(0 <= beta < 1 for beta in stage.betas),
+            f"{name}.betas: must lie within 0 and 1, 1 excluded, but got {list(stage.betas)}",
+        )
+        need(
+            0 <= stage.weight_decay < math.inf,
+            f"{name}.weight_decay: must be at least 0, but got {stage.weight_decay}",
+        )
         need(
             stage.warmup >= 0 and stage.decay >= 0 and stage.warmup + stage.decay <= 1,
             f"{name}.warmup: warmup + decay must lie within 0 and 1, but are "
@@ -539,7 +624,7 @@ def _check(study: StudyConfig) -> list[str]:
         f"{logits.hard_label_weight}",
     )
     need(
-        logits.temperature > 0,
+        0 < logits.temperature < math.inf,
         f"distill.logits.temperature: must be above 0, but got {logits.temperature}",
     )
     for name, count in (

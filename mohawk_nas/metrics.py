@@ -30,8 +30,8 @@ __all__ = [
     "row_chunks",
 ]
 
-HEAD_VALUES = 2**26
-"""Logits computed at once: 256 MiB in float32."""
+HEAD_VALUES = {"cpu": 2**21, "cuda": 2**26}
+"""Logits computed at once: on a CPU what stays in its caches, on a GPU what fills it."""
 
 
 def kl_divergence(
@@ -98,8 +98,12 @@ def kl_of_hidden(
 
 def kl_to(target: Tensor, student: Any, student_hidden: Tensor) -> Tensor:
     """Mean KL divergence of each block to the teacher's log-probabilities ``(B, T, V)``."""
-    log_probs = log_probabilities(student, student_hidden)
-    return F.kl_div(log_probs, target, reduction="none", log_target=True).sum(-1).mean(1)
+    parts = []
+    for rows in row_chunks(student_hidden, student):
+        log_probs = log_probabilities(student, student_hidden[rows])
+        divergence = F.kl_div(log_probs, target[rows], reduction="none", log_target=True)
+        parts.append(divergence.sum(-1).mean(1))
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,6 +170,7 @@ def recall_probe(
 def row_chunks(hidden: Tensor, model: Any) -> Iterator[slice]:
     """Rows of ``(B, T, D)`` whose logits may be alive at once."""
     vocab = model.config.get_text_config().vocab_size
-    rows = max(1, HEAD_VALUES // (hidden.shape[1] * vocab))
+    values = HEAD_VALUES.get(hidden.device.type, HEAD_VALUES["cuda"])
+    rows = max(1, values // (hidden.shape[1] * vocab))
     for start in range(0, hidden.shape[0], rows):
         yield slice(start, start + rows)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from mohawk_nas.errors import ConfigError, RegistryError, did_you_mean
+from mohawk_nas.errors import ConfigError, MohawkError, RegistryError, did_you_mean
 
 T = TypeVar("T")
 
@@ -48,6 +48,9 @@ class Registry(Generic[T]):
         """
 
         def enter(item: type[T]) -> type[T]:
+            if item.__module__ != f"{self._package}.{name}" and name not in self._items:
+                # A built-in has its name from the start, imported or not.
+                self._load_builtin(name)
             present = self._items.get(name)
             if present is not None and _origin(present) != _origin(item):
                 raise RegistryError(
@@ -110,10 +113,16 @@ class Registry(Generic[T]):
     def _entry_points(self) -> dict[str, importlib.metadata.EntryPoint]:
         return {point.name: point for point in importlib.metadata.entry_points(group=self._group)}
 
+    def _load_builtin(self, name: str) -> bool:
+        if name not in self._builtin_names():
+            return False
+        importlib.import_module(f"{self._package}.{name}")
+        return True
+
     def _load(self, name: str) -> None:
-        if name in self._builtin_names():
-            importlib.import_module(f"{self._package}.{name}")
-        elif (point := self._entry_points().get(name)) is not None:
+        if self._load_builtin(name):
+            return
+        if (point := self._entry_points().get(name)) is not None:
             self.register(name)(point.load())
 
 
@@ -138,9 +147,12 @@ def load_plugin(path: Path) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    # A script that ends itself is no plugin either.
+    except (Exception, SystemExit) as e:
         del sys.modules[name]
-        raise ConfigError(f"plugins: importing {path} failed: {type(e).__name__}: {e}") from e
+        reason = "" if isinstance(e, MohawkError) else f"{type(e).__name__}: "
+        reason += " ".join(str(e).split())
+        raise ConfigError(f"plugins: importing {path} failed: {reason}") from e
 
 
 def _origin(item: type[Any]) -> str:

@@ -73,13 +73,18 @@ class Teacher:
         source: Name for messages and provenance.
 
     Raises:
-        TeacherError: No attention module is found in some layer.
+        TeacherError: No attention module is found in some layer, or no body under the head.
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, *, source: str = "") -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.source = source
+        if model.base_model is model:
+            raise TeacherError(
+                f"{type(model).__name__}: the model must name its body (`base_model_prefix`), but "
+                "does not; it cannot be a teacher"
+            )
         self.slots = find_attention(model)
         self.views = [slot.view for slot in self.slots]
         self._fingerprint: str | None = None
@@ -502,10 +507,12 @@ def _gguf_path(source: str) -> Path | None:
         raise TeacherError(f"teacher.source: no such file: {path}")
     if path.suffix != ".gguf":
         raise TeacherError(f"teacher.source: must name a .gguf file, but got {path}")
-    if importlib.util.find_spec("gguf") is None:
-        raise TeacherError(
-            "teacher.source: reading GGUF needs the gguf package; `pip install 'mohawk-nas[gguf]'`"
-        )
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise TeacherError(
+                f"teacher.source: reading GGUF needs the {package} package; "
+                "`pip install 'mohawk-nas[gguf]'`"
+            )
     return path
 
 

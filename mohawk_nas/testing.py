@@ -27,7 +27,7 @@ from mohawk_nas.errors import MixerError
 from mohawk_nas.mixer import AttentionView, Mixer, MixerConfig, build_mixer
 from mohawk_nas.teacher import find_attention
 
-__all__ = ["MixerContract", "tiny_model", "tiny_view"]
+__all__ = ["MixerContract", "perturb", "tiny_model", "tiny_view"]
 
 SIZES: dict[str, Any] = {
     "hidden_size": 24,
@@ -64,7 +64,7 @@ def tiny_model(
             config, dtype=torch.float32, attn_implementation=attention
         )
         if not meta:
-            _perturb(model, scale=0.2)
+            perturb(model, scale=0.2)
     return model.eval()
 
 
@@ -100,7 +100,7 @@ class MixerContract:
         """The mixer as built, or as some training might have left it."""
         mixer = build_mixer(self.config, self.view(), seed=0)
         if trained:
-            _perturb(mixer, scale=0.2)
+            perturb(mixer, scale=0.2)
         return mixer
 
     def hidden(self, batch: int = 3, length: int = 17, *, seed: int = 0) -> Tensor:
@@ -311,7 +311,7 @@ class MixerContract:
         frozen = {name: p.requires_grad for name, p in view.module.named_parameters()}
         mixer = build_mixer(self.config, view, seed=0)
         assert all(p.requires_grad for p in mixer.parameters())
-        _perturb(mixer, scale=0.2)
+        perturb(mixer, scale=0.2)
         after = view.module.state_dict()
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
         assert frozen == {name: p.requires_grad for name, p in view.module.named_parameters()}
@@ -370,8 +370,8 @@ class MixerContract:
 
 
 @torch.no_grad()
-def _perturb(module: torch.nn.Module, *, scale: float) -> None:
-    """Move every parameter, those that start at zero or one too."""
+def perturb(module: torch.nn.Module, *, scale: float) -> None:
+    """Move every parameter a little, those that start at zero or one too; always the same way."""
     generator = _generator(5)
     for parameter in module.parameters():
         noise = torch.randn(parameter.shape, generator=generator)

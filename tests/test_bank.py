@@ -65,7 +65,10 @@ def test_losses_fall_in_both_stages(bench):
 
 
 def test_an_entry_does_not_depend_on_its_company(bench):
-    wide = {"mamba2": {"mixer": "mamba2", "chunk_size": 8}, "wide": {"mixer": "mamba2", "d_conv": 2}}
+    wide = {
+        "mamba2": {"mixer": "mamba2", "chunk_size": 8},
+        "wide": {"mixer": "mamba2", "d_conv": 2},
+    }
     together = bench(f"space.candidates={json.dumps(wide)}", bank="together")
     together.bank.train(together.bank_pairs, reporter=SILENT)
     alone = bench(bank="alone")

@@ -1,6 +1,5 @@
 import errno
 import gzip
-import json
 import logging
 import os
 import random
@@ -33,10 +32,6 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(PHI_TINY)
-
-
-
-
 
 
 def config_for(folder: Path, *sources: Path | str, **changes: Any) -> DataConfig:
@@ -321,11 +316,6 @@ def test_too_little_text(tokenizer: Any, tmp_path: Path) -> None:
         load_blocks(config_for(tmp_path, source), tokenizer, needed={"train": 64})
     nothing = load_blocks(config_for(tmp_path, source), tokenizer, needed={"bank": 0})["bank"]
     assert len(nothing) == 0
-
-
-@pytest.mark.parametrize(
-
-
 
 
 def test_token_blocks() -> None:

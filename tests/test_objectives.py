@@ -36,10 +36,10 @@ def naive(bench, layout):
         tokens = bench.blocks["search"].batch([i])
         captures = []
         bench.teacher.run(tokens, on_layer=captures.append)
-        outputs = {}
-        for layer in layout.replaced_layers:
+        outputs = {layer: None for layer in layout.replaced_layers}
+        for layer in outputs:
             bench.teacher.slots[layer].get(student).register_forward_hook(
-                lambda m, a, r, layer=layer: outputs.__setitem__(layer, r[0])
+                lambda m, a, r, layer=layer, into=outputs: into.__setitem__(layer, r[0])
             )
         with torch.no_grad():
             logits = student(tokens, use_cache=False).logits
@@ -92,5 +92,7 @@ def test_training_anew_in_each_trial_gives_the_banks_numbers(bench, folder):
     scorer = work.scorer()
     assert isinstance(scorer, objectives.PerTrialScorer)
     for kept in ((1, 3), (0, 1)):
-        assert scorer.score(keeping(*kept)).per_block == bench.scorer().score(keeping(*kept)).per_block
+        assert (
+            scorer.score(keeping(*kept)).per_block == bench.scorer().score(keeping(*kept)).per_block
+        )
     assert scorer.stage2_losses() == bench.scorer().stage2_losses()

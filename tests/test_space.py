@@ -20,15 +20,14 @@ from mohawk_nas.search.space import (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Narrow(FakeMixer):
+    symbol = "N"
+
+
 @pytest.fixture(autouse=True)
-def fake_mixer(monkeypatch):
-    monkeypatch.setattr(MIXERS, "_items", dict(MIXERS._items))
-
-    @dataclass(frozen=True, kw_only=True)
-    class Narrow(FakeMixer):
-        symbol = "N"
-
-    MIXERS.register("narrow")(Narrow)
+def narrow_mixer(monkeypatch):
+    monkeypatch.setitem(MIXERS._items, "narrow", Narrow)
 
 
 def test_the_packaged_space_is_attention_or_mamba2_in_every_layer():
@@ -123,7 +122,7 @@ def test_typed_layouts_respect_the_pins():
         space.parse("1,2")
     with pytest.raises(LayoutError, match="layer 4: is pinned to 'b'"):
         space.parse("0,4")
-    with pytest.raises(LayoutError, match="layer 4: is pinned to 'b' .* has 'a' there"):
+    with pytest.raises(LayoutError, match=r"layer 4: is pinned to 'b' .* has 'a' there"):
         space.parse("A M A M M")
 
 

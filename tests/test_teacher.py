@@ -1,5 +1,6 @@
 """Stock models as teachers: what is captured is what they compute, and bad sources are named."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -8,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mohawk_nas.config import TeacherConfig
@@ -197,11 +200,10 @@ def test_captures_nest():
     ("family", "settings", "message"),
     [
         ("gemma2", {}, "layer 0: Gemma2Attention uses softcap, so its matrix is not a plain"),
-        ("gpt_oss", {"num_local_experts": 2}, "layer 0: GptOssAttention uses s_aux, so its"),
         (
-            "llama4_text",
-            {"layer_types": ["chunked_attention"] * 2, "attention_chunk_size": 4},
-            "layer 0: Llama4TextAttention uses chunked_attention, so its matrix is not a plain",
+            "gpt_oss",
+            {"num_local_experts": 2, "num_experts_per_tok": 2},
+            "layer 0: GptOssAttention uses s_aux, so its",
         ),
     ],
 )
@@ -257,6 +259,11 @@ def test_hybrids_are_refused():
     )
     with pytest.raises(TeacherError, match=r"BambaForCausalLM: .* but layers \[0\] have none"):
         Teacher(AutoModelForCausalLM.from_config(config))
+
+
+def test_models_without_a_body_of_their_own_are_refused():
+    with pytest.raises(TeacherError, match=r"Llama4ForCausalLM: the model must name its body"):
+        Teacher(model_of("llama4_text"))
 
 
 def test_a_student_is_no_teacher():
@@ -329,8 +336,6 @@ def test_corrupted_weights_are_refused(folder):
 
 
 def test_missing_weights_are_refused(folder):
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.self_attn.k_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -435,7 +440,7 @@ def test_a_layout_knows_the_teachers_layers():
 def write_gguf(path, model):
     """A tiny Llama as llama.cpp's converter writes it, in float32, with a byte-level tokenizer."""
     gguf = pytest.importorskip("gguf")
-    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+    pytest.importorskip("accelerate")
 
     config, weights = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, "llama")
@@ -451,14 +456,14 @@ def write_gguf(path, model):
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(0)
-    letters = list(bytes_to_unicode().values())
-    words = ["<pad>", "<s>", "</s>", *letters]
+    letters = sorted(ByteLevel.alphabet())
+    words = ["<pad>", "<s>", "</s>", *letters, "12"]
     words += [f"<unused{i}>" for i in range(config.vocab_size - len(words))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(words)
     writer.add_token_types([3, 3, 3] + [1] * (len(words) - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["1 2"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -496,7 +501,7 @@ def test_a_gguf_file_is_a_teacher(gguf_file, tmp_path):
     expected = model(tokens, attention_mask=mask).logits
     actual = teacher.logits(teacher.run(tokens, mask=mask))
     torch.testing.assert_close(actual, expected)
-    # Digits are split, whatever stands beside them.
+    # The file's pre-tokenizer splits digits, although there is a token for 12.
     pieces = teacher.tokenizer("12 x")["input_ids"]
     assert teacher.tokenizer.decode(pieces) == "12 x"
     assert len(pieces) == 4
@@ -524,6 +529,18 @@ def test_missing_gguf_files_are_refused(tmp_path, monkeypatch):
     )
     refused("package:mohawk_nas/absent.gguf", r"teacher\.source: no such file: .*absent\.gguf")
     refused("package:mohawk_nas/errors.py", r"must name a \.gguf file, but got .*errors\.py")
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_gguf_needs_what_its_extra_installs(tmp_path, monkeypatch, package):
+    (tmp_path / "m.gguf").touch()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == package else find(name)
+    )
+    refused(
+        tmp_path / "m.gguf", rf"needs the {package} package; `pip install 'mohawk-nas\[gguf\]'`"
+    )
 
 
 def test_a_package_may_carry_the_file(gguf_file, tmp_path, monkeypatch):

@@ -52,18 +52,17 @@ def matrix_distance(
     parts = []
     for start in range(0, length, block_size):
         stop = min(start + block_size, length)
-        # Relative to the block's first row, so that float32 holds the differences near the
-        # diagonal however long the sequence is.
-        relative = (total[..., :stop] - total[..., start : start + 1]).float()
+        # Views, which cost nothing to keep for backward; what is computed from them is not kept.
         arguments = (
-            query[:, :, start:stop].float() * scaling,
-            key[:, :, :stop].float(),
-            factors.c[:, :, start:stop].float(),
-            factors.b[:, :, :stop].float(),
-            relative,
+            query[:, :, start:stop],
+            key[:, :, :stop],
+            factors.c[:, :, start:stop],
+            factors.b[:, :, :stop],
+            total[..., :stop],
             factors.diagonal,
             None if mask is None else mask[:, :stop],
             window,
+            scaling,
         )
         parts.append(checkpoint(_block_distance, *arguments, use_reentrant=False))
     return torch.stack(parts).sum(0)
@@ -78,6 +77,7 @@ def _block_distance(
     diagonal: Tensor | None,
     mask: Tensor | None,
     window: int | None,
+    scaling: float,
 ) -> Tensor:
     rows, columns = query.shape[2], key.shape[2]
     start = columns - rows
@@ -90,12 +90,16 @@ def _block_distance(
     if mask is not None:
         seen = seen & mask[:, None, None]
     # A finite floor: a padded row sees nothing, and softmax over -inf alone would be NaN.
-    scores = (query @ key.transpose(-1, -2)).masked_fill(~seen, torch.finfo(torch.float32).min)
+    scores = (query.float() * scaling) @ key.float().transpose(-1, -2)
+    scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
     teacher = scores.softmax(-1).masked_fill(~seen, 0.0)
 
-    difference = total[..., start:, None] - total[..., None, :]
+    # Relative to the block's first row, so that float32 holds the differences near the diagonal
+    # however long the sequence is.
+    relative = (total - total[..., start : start + 1]).float()
+    difference = relative[..., start:, None] - relative[..., None, :]
     decay = difference.masked_fill(j > i, -torch.inf).exp()
-    student = c @ b.transpose(-1, -2) * decay
+    student = c.float() @ b.float().transpose(-1, -2) * decay
     if diagonal is not None:
         student = student + diagonal.float()[:, None, None] * (i == j)
     error = teacher - student

@@ -105,19 +105,22 @@ def _baseline_table(result: StudyResult) -> Table:
 
 
 def _add_layout_columns(table: Table, result: StudyResult, layouts: Sequence[Layout]) -> None:
-    table.add_column("layout", no_wrap=True)
-    if _has_room(layouts):
+    strip, listed = _layout_forms(result, layouts)
+    if strip:
+        table.add_column("layout", no_wrap=True)
+    if listed:
         table.add_column("keeps", no_wrap=True)
     if len(result.weights) > 1:
         for name in result.weights:
             table.add_column(name, justify="right")
-    table.add_column(text.value_name(result), justify="right")
+    table.add_column(text.value_name(result), justify="right", no_wrap=True)
     table.add_column("behind the best", no_wrap=True)
 
 
 def _layout_cells(result: StudyResult, trial: Trial, beside: Sequence[Trial]) -> list[str | Text]:
-    cells: list[str | Text] = [_strip(trial.layout, result.space)]
-    if _has_room([other.layout for other in beside]):
+    strip, listed = _layout_forms(result, [other.layout for other in beside])
+    cells: list[str | Text] = [_strip(trial.layout, result.space)] if strip else []
+    if listed:
         cells.append(text.layers(trial.layout))
     if len(result.weights) > 1:
         cells += [f"{trial.score.mean(name):.4f}" for name in result.weights]
@@ -181,8 +184,14 @@ def _strip(layout: Layout, space: SearchSpace) -> Text:
     return strip
 
 
-def _has_room(layouts: Sequence[Layout]) -> bool:
-    return max(len(text.layers(layout)) for layout in layouts) <= 20
+def _layout_forms(result: StudyResult, layouts: Sequence[Layout]) -> tuple[bool, bool]:
+    # The strip and the list of layers say the same: both where a row has room, else the strip, and
+    # the list alone where the strip is too long for a row and longer than the list.
+    strip = len(_strip(layouts[0], result.space))
+    listed = max(len(text.layers(layout)) for layout in layouts)
+    if strip + listed <= (46 if len(result.weights) == 1 else 30):
+        return True, True
+    return (True, False) if strip <= max(40, listed) else (False, True)
 
 
 def _table(title: str) -> Table:

@@ -199,7 +199,7 @@ def _worth_chart(result: StudyResult) -> str:
 
 
 def _anytime_chart(result: StudyResult) -> str:
-    width, height, left, top, bottom = 800, 300, 70, 14, 40
+    width, height, left, top, bottom = 800, 310, 70, 14, 52
     finite = [trial.value for trial in result.trials if math.isfinite(trial.value)] or [0.0]
     low, high = min(finite), max(finite)
     spread = (high - low) or 1.0

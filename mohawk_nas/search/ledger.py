@@ -114,8 +114,6 @@ class Ledger:
         except BaseException as e:
             self._fail(trial_id, f"interrupted: {type(e).__name__}: {e}".rstrip(": "))
             raise
-        means = {name: result.mean(name) for name in result.per_block}
-        storage.set_trial_user_attr(trial_id, "objectives", means)
         storage.set_trial_user_attr(trial_id, "score", result.to_dict())
         value = result.value(self._weights)
         storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])

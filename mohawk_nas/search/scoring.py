@@ -44,6 +44,7 @@ class Score:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, which :meth:`from_dict` reads back unchanged."""
         return {
+            "mean": {name: self.mean(name) for name in self.per_block},
             "per_block": {name: list(values) for name, values in self.per_block.items()},
             "tokens": self.tokens,
             "seconds": self.seconds,

@@ -1,0 +1,192 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny_study import make_study
+
+from mohawk_nas.config import LogitsConfig, StageConfig
+from mohawk_nas.distill.logits import distill_logits, trainable_parameters
+from mohawk_nas.distill.losses import logits_loss
+from mohawk_nas.distill.trainer import learning_rate, make_optimizer
+from mohawk_nas.errors import TrainingError
+from mohawk_nas.files import load_tensors
+from mohawk_nas.layout import Layout
+from mohawk_nas.pipeline import Workbench
+from mohawk_nas.reporting import SILENT
+from mohawk_nas.student import assemble
+
+LAYOUT = Layout.keeping((0, 2), num_layers=4, replacement="mamba2")
+CONFIG = LogitsConfig(
+    tokens=640, batch_size=4, lr=3e-4, validate_steps=3, checkpoint_steps=2, warmup=0.2
+)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    work = Workbench(make_study(tmp_path_factory.mktemp("distill")))
+    work.bank.train(work.bank_pairs, reporter=SILENT)
+    return work
+
+
+def student_of(bench):
+    return assemble(bench.teacher, LAYOUT, bench.bank, share=False)
+
+
+def run(bench, folder, config=CONFIG, student=None, **options):
+    student = student_of(bench) if student is None else student
+    result = distill_logits(
+        bench.teacher,
+        student,
+        train=bench.blocks["bank"],
+        validation=bench.blocks["validation"],
+        config=config,
+        folder=folder,
+        seed=0,
+        reporter=SILENT,
+        **options,
+    )
+    return student, result
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_kl_and_soft_cross_entropy_have_the_same_gradient():
+    torch.manual_seed(0)
+    teacher = torch.randn(2, 5, 7)
+    tokens = torch.randint(0, 7, (2, 5))
+    found = []
+    for loss in ("kl", "soft_ce"):
+        student = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        value = logits_loss(teacher, student, tokens, LogitsConfig(loss=loss, temperature=2.0))
+        value.backward()
+        found.append((value.item(), student.grad))
+    torch.testing.assert_close(found[0][1], found[1][1])
+    entropy = torch.distributions.Categorical(logits=teacher / 2).entropy().mean() * 4
+    assert found[1][0] - found[0][0] == pytest.approx(entropy.item(), rel=1e-5)
+
+
+def test_hard_labels_are_mixed_in():
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 2, 5, 7)
+    tokens = torch.randint(0, 7, (2, 5))
+    soft = logits_loss(teacher, student, tokens, LogitsConfig())
+    hard = logits_loss(teacher, student, tokens, LogitsConfig(hard_label_weight=1.0))
+    mixed = logits_loss(teacher, student, tokens, LogitsConfig(hard_label_weight=0.25))
+    torch.testing.assert_close(mixed, 0.75 * soft + 0.25 * hard)
+
+
+def test_the_rate_rises_stays_and_falls():
+    config = StageConfig(lr=1.0, warmup=0.2, decay=0.3, min_lr=0.0)
+    rates = [learning_rate(config, step, 10) for step in range(10)]
+    assert rates[:2] == pytest.approx([1 / 3, 2 / 3])
+    assert rates[2:7] == [1.0] * 5
+    assert rates[7:] == pytest.approx([0.75, 0.5, 0.25])
+
+
+def test_only_matrices_decay():
+    module = torch.nn.Linear(3, 2)
+    optimizer = make_optimizer(list(module.parameters()), StageConfig(weight_decay=0.5))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+
+
+def test_what_is_trained(bench):
+    student = student_of(bench)
+    mixers = trainable_parameters(student, "mixers")
+    assert mixers and all(".self_attn.mixer." in name for name in mixers)
+    assert {name.split(".")[2] for name in mixers} == {"1", "3"}
+    without_mlp = trainable_parameters(student, "all_but_mlp")
+    assert not [name for name in without_mlp if ".mlp." in name]
+    everything = trainable_parameters(student, "all")
+    assert set(mixers) < set(without_mlp) < set(everything)
+    assert set(everything) == {name for name, _ in student.named_parameters()}
+
+
+def test_distillation_lowers_validation_kl_and_leaves_the_teacher_alone(bench, tmp_path):
+    before = {n: p.clone() for n, p in bench.teacher.model.state_dict().items()}
+    entry = {n: p.clone() for n, p in bench.bank.mixer(1, "mamba2").state_dict().items()}
+    _, result = run(bench, tmp_path)
+    assert result.after.mean_kl < result.before.mean_kl
+    assert result.best_step > 0 and result.tokens == 640
+    for name, tensor in bench.teacher.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    for name, tensor in bench.bank.mixer(1, "mamba2").state_dict().items():
+        assert torch.equal(tensor, entry[name]), name
+    best = min(e["validation_kl"] for e in log_of(tmp_path) if "validation_kl" in e)
+    assert result.after.mean_kl == pytest.approx(best, rel=1e-6)
+
+
+def test_worse_weights_than_the_undistilled_are_never_kept(bench, tmp_path):
+    undistilled = student_of(bench).state_dict()
+    student, result = run(bench, tmp_path, dataclasses.replace(CONFIG, lr=3.0))
+    assert result.best_step == 0
+    assert result.after.mean_kl == result.before.mean_kl
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, undistilled[name]), name
+
+
+def test_a_worse_start_is_replaced_by_the_undistilled_student(bench, tmp_path):
+    spoiled = student_of(bench)
+    with torch.no_grad():
+        for name, parameter in spoiled.named_parameters():
+            if "mixer" in name:
+                parameter.add_(torch.randn_like(parameter))
+    none = dataclasses.replace(CONFIG, tokens=0)
+    student, result = run(bench, tmp_path, none, spoiled, undistilled=student_of(bench))
+    assert result.after == result.before
+    assert torch.equal(
+        student.state_dict()["model.layers.1.self_attn.mixer.D"], bench.bank.mixer(1, "mamba2").D
+    )
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
+def test_a_killed_run_ends_bitwise_as_an_unbroken_one(bench, tmp_path, monkeypatch, stop_after):
+    import mohawk_nas.distill.logits as module
+
+    whole, expected = run(bench, tmp_path / "whole")
+    real, calls = module._train_step, 0
+
+    def dying(*args):
+        nonlocal calls
+        if calls == stop_after:
+            raise KeyboardInterrupt
+        calls += 1
+        return real(*args)
+
+    monkeypatch.setattr(module, "_train_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(bench, tmp_path / "broken")
+    monkeypatch.setattr(module, "_train_step", real)
+    again, found = run(bench, tmp_path / "broken")
+    assert found == expected
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    # Steps after the last checkpoint are logged twice, with the same figures.
+    curve = {entry["step"]: entry for entry in log_of(tmp_path / "whole")}
+    for entry in log_of(tmp_path / "broken"):
+        assert entry == curve[entry["step"]]
+
+
+def test_accumulated_batches_are_one_large_batch(bench, tmp_path):
+    small = dataclasses.replace(CONFIG, batch_size=2, accumulate=2)
+    run(bench, tmp_path / "large", CONFIG)
+    run(bench, tmp_path / "small", small)
+    large = load_tensors(tmp_path / "large/checkpoint.safetensors")
+    parts = load_tensors(tmp_path / "small/checkpoint.safetensors")
+    name = "weight/model.layers.1.self_attn.mixer.out_proj.weight"
+    torch.testing.assert_close(large[name], parts[name], rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_that_are_not_finite_never_reach_the_weights(bench, tmp_path, monkeypatch):
+    import mohawk_nas.distill.logits as module
+
+    student = student_of(bench)
+    before = {n: p.clone() for n, p in student.state_dict().items()}
+    monkeypatch.setattr(module, "logits_loss", lambda t, s, *rest: s.sum() * float("nan"))
+    long = dataclasses.replace(CONFIG, tokens=64 * 20)
+    with pytest.raises(TrainingError, match=r"not finite in 11 steps; lower distill\.logits\.lr"):
+        run(bench, tmp_path, long, student)
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
