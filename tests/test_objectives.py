@@ -36,7 +36,7 @@ def naive(bench, layout):
         tokens = bench.blocks["search"].batch([i])
         captures = []
         bench.teacher.run(tokens, on_layer=captures.append)
-        outputs = {layer: None for layer in layout.replaced_layers}
+        outputs = dict.fromkeys(layout.replaced_layers)
         for layer in outputs:
             bench.teacher.slots[layer].get(student).register_forward_hook(
                 lambda m, a, r, layer=layer, into=outputs: into.__setitem__(layer, r[0])
