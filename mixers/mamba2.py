@@ -210,8 +210,8 @@ class Mamba2Mixer(Mixer):
         self.out_proj.weight.copy_(weights.output)
         if weights.output_bias is not None:
             self.out_proj.bias.copy_(weights.output_bias)
-        # The default decay forgets half at each token. Attention looks further: the heads start with
-        # memories of 1 to 50 tokens.
+        # The default decay forgets half at each token. Attention looks further: the heads start
+        # with memories of 1 to 50 tokens.
         steps = torch.logspace(math.log10(MAX_START), math.log10(MIN_START), self.num_heads)
         self.in_proj.bias[-self.num_heads :] = torch.log(torch.expm1(steps)).to(self.D)
         self._scale_c(torch.full((self.num_heads,), view.scaling, device=self.D.device))
@@ -251,7 +251,7 @@ class Mamba2Mixer(Mixer):
     def _inputs(
         self, hidden: Tensor, mask: Tensor | None, cache: MixerState | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x ``(B, H, T, P)``, B and C ``(B, H, T, N)``, log-decay ``(B, H, T)``, z ``(B, T, H P)``."""
+        """x ``(B, H, T, P)``, B, C ``(B, H, T, N)``, log-decay ``(B, H, T)``, z ``(B, T, H P)``."""
         real = None if mask is None else mask[..., None].to(hidden.dtype)
         if real is not None:
             hidden = hidden * real

@@ -101,7 +101,7 @@ class Bank:
             made = read_json(record)
             if not weights.is_file() or _file_hash(weights) != made["sha256"]:
                 raise DamagedFile(f"{weights} does not hold what {record.name} says")
-        except (DamagedFile, KeyError) as e:
+        except (DamagedFile, KeyError, TypeError) as e:
             log.warning(
                 "bank entry of layer %d, %s is damaged (%s); it is trained again",
                 layer,

@@ -556,6 +556,11 @@ def _check(study: StudyConfig) -> list[str]:
     )
     need(search.trials >= 1, f"search.trials: must be at least 1, but got {search.trials}")
     need(search.batch_size >= 1, f"search.batch_size: must be at least 1, got {search.batch_size}")
+    need(
+        search.storage is None or re.match(r"[a-z][a-z0-9+]*://", search.storage) is not None,
+        "search.storage: must be a database's URL such as sqlite:///study.db, but got "
+        f"{search.storage!r}",
+    )
     need(bool(search.objective), "search.objective: must name at least one objective")
     for name, weight in search.objective.items():
         need(

@@ -14,10 +14,9 @@ from transformers import AutoTokenizer
 from mohawk_nas.config import StudyConfig, study_from_dict
 from mohawk_nas.errors import BankError, RunError
 from mohawk_nas.export.hf import load_hybrid
-from mohawk_nas.files import read_json
+from mohawk_nas.files import DamagedFile, read_json
 from mohawk_nas.metrics import BlockFigures, evaluate_blocks, recall_probe
 from mohawk_nas.pipeline import Workbench, load_best
-from mohawk_nas.registry import load_plugin
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.student import assemble
 
@@ -63,7 +62,7 @@ def find_target(path: str | Path) -> Target:
     """
     path = Path(path)
     if (path / CARD).is_file():
-        return Target(study=study_from_dict(read_json(path / CARD)["study"]), model=path, best=None)
+        return Target(study=_study_of(path / CARD), model=path, best=None)
     folder = path.parent if path.name == "best.yaml" or path.name == "distill" else path
     best = folder / "best.yaml"
     if not best.is_file():
@@ -78,6 +77,14 @@ def find_target(path: str | Path) -> Target:
     )
 
 
+def _study_of(card: Path) -> StudyConfig:
+    try:
+        return study_from_dict(read_json(card)["study"], source=str(card))
+    except (DamagedFile, KeyError, TypeError) as e:
+        reason = e if isinstance(e, DamagedFile) else f"{type(e).__name__}: {e}"
+        raise RunError(f"{card}: must be what `export` wrote, but is not ({reason})") from e
+
+
 def evaluate(target: Target, *, reporter: Reporter = SILENT) -> list[Evaluation]:
     """Figures of the teacher, of the undistilled student where its bank is there, and of the model.
 
@@ -85,8 +92,6 @@ def evaluate(target: Target, *, reporter: Reporter = SILENT) -> list[Evaluation]
         DataError: The study's text cannot be read.
     """
     bench = Workbench(target.study, reporter)
-    for plugin in target.study.plugins:
-        load_plugin(Path(plugin))
     rows = []
     for name, model in _models(target, bench):
         with reporter.stage(f"evaluating the {name}", total=None, unit="block"):
@@ -116,8 +121,6 @@ def continue_text(
         seed: Of the sampling.
     """
     bench = Workbench(target.study)
-    for plugin in target.study.plugins:
-        load_plugin(Path(plugin))
     if target.model is not None:
         model = load_hybrid(target.model)
         tokenizer = AutoTokenizer.from_pretrained(target.model)

@@ -21,6 +21,7 @@ from mohawk_nas.errors import MohawkError, TrainingError
 
 __all__ = [
     "DamagedFile",
+    "atomic_folder",
     "atomic_write",
     "load_metadata",
     "load_tensors",
@@ -50,24 +51,63 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        # Not every file system reports a full disk before the data are flushed.
-        _flush(beside)
-        os.replace(beside, path)
-        # The new name survives a power cut; some network disks cannot flush a folder.
+        with _telling_full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield beside
+            # Not every file system reports a full disk before the data are flushed.
+            _flush(beside)
+            os.replace(beside, path)
+            # The new name survives a power cut; some network disks cannot flush a folder.
+            with contextlib.suppress(OSError):
+                _flush(path.parent)
+    finally:
         with contextlib.suppress(OSError):
-            _flush(path.parent)
-    except OSError as e:
-        if e.errno not in _DISK_FULL:
+            beside.unlink()
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside ``path``, which takes its place once the block has ended well.
+
+    What stood at ``path`` is then gone. After an error the temporary folder is gone and ``path`` is
+    as it was.
+
+    Raises:
+        TrainingError: The disk, or the user's share of it, is full.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with _telling_full_disk(path):
+            beside.mkdir(parents=True)
+            yield beside
+            for file in beside.rglob("*"):
+                _flush(file)
+            if path.exists():
+                shutil.rmtree(path)
+            beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _telling_full_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        number = e.errno if isinstance(e, OSError) else _system_error(e)
+        if number not in _DISK_FULL:
             raise
         raise TrainingError(
             f"{path}: no space left to write it ({_free(path.parent)} free); "
             "make room, or name a folder on another disk"
         ) from e
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
+
+
+def _system_error(error: SafetensorError) -> int | None:
+    # The library gives the number of a system error in its text only.
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -108,13 +148,7 @@ def save_tensors(
         # be readable by its owner alone; the mode of an ordinary new file is kept for it.
         beside.touch()
         mode = beside.stat().st_mode
-        try:
-            save_file(plain, beside, metadata=dict(metadata) if metadata else None)
-        except SafetensorError as e:
-            # The library gives the number of a system error in its text only.
-            if (code := re.search(r"\(os error (\d+)\)", str(e))) is not None:
-                raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from e
-            raise
+        save_file(plain, beside, metadata=dict(metadata) if metadata else None)
         beside.chmod(mode)
 
 

@@ -11,7 +11,7 @@ import datetime
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +24,12 @@ from mohawk_nas.bank import Bank, versions
 from mohawk_nas.config import BankConfig, StudyConfig, dump, flatten, plain, study_from_dict
 from mohawk_nas.data import TokenBlocks, load_blocks
 from mohawk_nas.distill.logits import LogitsResult, distill_logits
-from mohawk_nas.errors import ConfigError, RunError
+from mohawk_nas.errors import ConfigError, LayoutError, RunError, TeacherError
 from mohawk_nas.export.hf import describe_candidates, save_hybrid
-from mohawk_nas.files import atomic_write, read_json, write_json
-from mohawk_nas.layout import Layout
+from mohawk_nas.files import DamagedFile, atomic_folder, atomic_write, read_json, write_json
+from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.plan import find_problems
+from mohawk_nas.registry import load_plugin
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.objectives import BankScorer, PerTrialScorer
@@ -56,6 +57,12 @@ CHANGEABLE = (
 CHANGEABLE_SECTIONS = ("distill.",)
 
 
+RUN_RECORDS = ("config.yaml", "provenance.json")
+"""What a run's folder holds before anything has been run."""
+DISTILL_RECORD = "settings.json"
+"""What a distillation's folder holds before anything has been run."""
+
+
 @dataclass
 class Workbench:
     """A study with everything it names loaded, each part when it is first used."""
@@ -63,10 +70,20 @@ class Workbench:
     config: StudyConfig
     reporter: Reporter = SILENT
 
+    def __post_init__(self) -> None:
+        for plugin in self.config.plugins:
+            load_plugin(Path(plugin))
+
     @cached_property
     def teacher(self) -> Teacher:
         self.reporter.say(f"loading the teacher from {self.config.teacher.source}")
-        return load_teacher(self.config.teacher, seed=self.config.seed)
+        teacher = load_teacher(self.config.teacher, seed=self.config.seed)
+        if teacher.tokenizer is None:
+            raise TeacherError(
+                f"teacher.tokenizer: {teacher.source} has no tokenizer; name a folder or a hub "
+                "name that has one"
+            )
+        return teacher
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -199,9 +216,12 @@ def score(
         raise RunError(
             f"{config.run_dir}: must hold a finished search, but holds none; run `search`"
         )
-    claim_run_dir(config, force=False)
+    _check_run_dir(config)
     bench = Workbench(config, reporter)
-    layout = bench.space.parse(text)
+    try:
+        layout = bench.space.parse(text)
+    except LayoutError as e:
+        raise LayoutError(f"layout {text!r}: {e}") from e
     result = load_result(config, bench.space, bench.budget, run_dir=config.run_dir)
     if layout in result.by_layout:
         scored = result.by_layout[layout].score
@@ -229,8 +249,12 @@ def load_best(path: str | Path, overrides: Sequence[str] = ()) -> BestLayout:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         study, layout = raw["study"], Layout(tuple(raw["layout"]))
         candidates, fingerprint = raw["candidates"], raw["teacher"]["fingerprint"]
-    except (yaml.YAMLError, KeyError, TypeError) as e:
-        raise RunError(f"{path}: must be what `search` wrote, but is not ({e!r})") from e
+        layout.check([ATTENTION, *candidates], num_layers=len(layout))
+    except (ValueError, yaml.YAMLError, KeyError, TypeError) as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise RunError(f"{path}: must be what `search` wrote, but is not ({reason})") from e
+    except LayoutError as e:
+        raise LayoutError(f"{path}: {e}") from e
     return BestLayout(
         path=path,
         study=study_from_dict(study, overrides=overrides, source=str(path)),
@@ -254,13 +278,17 @@ def distill(
     config = best.study.distill
     folder = best.path.parent / "distill"
     settings = {"layout": list(best.layout.candidates), "distill": plain(config)}
-    _claim_folder(folder, settings, force=force)
+    if not force:
+        _check_distill_dir(folder, settings)
     bench = Workbench(best.study, reporter)
     if bench.teacher.fingerprint != best.teacher_fingerprint:
         raise RunError(
             f"{best.path}: was made for another teacher (fingerprint {best.teacher_fingerprint}, "
             f"but {best.study.teacher.source} has {bench.teacher.fingerprint}); run `search` again"
         )
+    if force and folder.exists():
+        set_aside(folder)
+    write_json(folder / DISTILL_RECORD, settings)
     train = _distill_blocks(bench)
     bank = _layer_bank(bench, best, folder / "bank", train)
     pairs = [(i, best.layout[i]) for i in best.layout.replaced_layers]
@@ -268,24 +296,28 @@ def distill(
     undistilled = None
     if bank is not bench.bank and config.start == "bank":
         undistilled = assemble(bench.teacher, best.layout, bench.bank)
-    result = distill_logits(
-        bench.teacher,
-        student,
-        undistilled=undistilled,
-        train=train,
-        validation=bench.blocks["validation"],
-        config=config.logits,
-        folder=folder,
-        seed=best.study.seed,
-        reporter=reporter,
-    )
-    save_hybrid(
-        student,
-        folder / "model",
-        layout=best.layout,
-        candidates=best.candidates,
-        tokenizer=bench.teacher.tokenizer,
-    )
+    try:
+        result = distill_logits(
+            bench.teacher,
+            student,
+            undistilled=undistilled,
+            train=train,
+            validation=bench.blocks["validation"],
+            config=config.logits,
+            folder=folder,
+            seed=best.study.seed,
+            reporter=reporter,
+        )
+    except DamagedFile as e:
+        raise RunError(f"{e}; use --force to set {folder} aside and start anew") from e
+    with atomic_folder(folder / "model") as beside:
+        save_hybrid(
+            student,
+            beside,
+            layout=best.layout,
+            candidates=best.candidates,
+            tokenizer=bench.teacher.tokenizer,
+        )
     write_json(
         folder / "result.json",
         {
@@ -342,14 +374,30 @@ def claim_run_dir(config: StudyConfig, *, force: bool) -> None:
         RunError: It holds something else, or the study has changed in a way that would mix results.
     """
     folder = config.run_dir
-    record = folder / "config.yaml"
-    if force and folder.exists():
+    if not force:
+        _check_run_dir(config)
+    elif folder.exists():
         set_aside(folder)
+    with atomic_write(folder / RUN_RECORDS[0]) as beside:
+        beside.write_text(dump(config), encoding="utf-8")
+    write_json(folder / RUN_RECORDS[1], provenance())
+
+
+def _check_run_dir(config: StudyConfig) -> None:
+    folder, record = config.run_dir, config.run_dir / RUN_RECORDS[0]
+    if _holds_nothing_but(folder, RUN_RECORDS):
+        # Nothing was run with the settings that are there, so any may change.
+        return
     if record.is_file():
         try:
-            old = flatten(study_from_dict(yaml.safe_load(record.read_text(encoding="utf-8"))))
-        except (ConfigError, yaml.YAMLError) as e:
-            raise RunError(f"{record}: cannot be read back ({e}); use --force to start anew") from e
+            raw = yaml.safe_load(record.read_text(encoding="utf-8"))
+            old = flatten(study_from_dict(raw if isinstance(raw, dict) else {}))
+        except (ConfigError, ValueError, yaml.YAMLError) as e:
+            reason = " ".join(str(e).split())
+            raise RunError(
+                f"{record}: cannot be read back ({reason}); use --force to set the run aside and "
+                "start anew"
+            ) from e
         new = flatten(config)
         changed = [
             name
@@ -365,34 +413,45 @@ def claim_run_dir(config: StudyConfig, *, force: bool) -> None:
                 f"{', '.join(CHANGEABLE)} and distill may change; give the study another name, or "
                 "use --force to set the old run aside"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    else:
         raise RunError(
             f"{folder}: must be empty or hold an earlier run of this study, but holds "
-            f"{sorted(p.name for p in folder.iterdir())[:3]}; choose another `name` or `output`"
+            f"{_some_names(folder)}; choose another `name` or `output`"
         )
-    with atomic_write(record) as beside:
-        beside.write_text(dump(config), encoding="utf-8")
-    write_json(folder / "provenance.json", provenance())
 
 
-def _claim_folder(folder: Path, settings: dict[str, Any], *, force: bool) -> None:
-    record = folder / "settings.json"
-    if force and folder.exists():
-        set_aside(folder)
+def _check_distill_dir(folder: Path, settings: dict[str, Any]) -> None:
+    record = folder / DISTILL_RECORD
+    if _holds_nothing_but(folder, [DISTILL_RECORD]):
+        return
     if record.is_file():
-        old = read_json(record)
+        try:
+            old = read_json(record)
+        except DamagedFile as e:
+            raise RunError(f"{e}; use --force to set {folder} aside and start anew") from e
         if old != settings:
             changed = _changed_keys(old, settings)
             raise RunError(
                 f"{folder}: holds a distillation with other settings ({', '.join(changed)}); use "
                 "--force to set it aside and start anew"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    else:
         raise RunError(
             f"{folder}: must be empty or hold an earlier distillation, but holds "
-            f"{sorted(p.name for p in folder.iterdir())[:3]}"
+            f"{_some_names(folder)}; use --force to set it aside"
         )
-    write_json(record, settings)
+
+
+def _holds_nothing_but(folder: Path, names: Collection[str]) -> bool:
+    # A write that was killed leaves its temporary file.
+    return not folder.exists() or all(
+        path.name in names or path.name.endswith(".tmp") for path in folder.iterdir()
+    )
+
+
+def _some_names(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:

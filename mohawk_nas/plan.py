@@ -18,7 +18,7 @@ from mohawk_nas.registry import load_plugin
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.space import SearchSpace, check_pins, load_candidates, load_space
 from mohawk_nas.search.study import SearchPlan, check_search, plan_search
-from mohawk_nas.teacher import Teacher, load_teacher, pick_device
+from mohawk_nas.teacher import Teacher, check_weights, load_teacher, pick_device
 
 __all__ = ["Plan", "find_problems", "make_plan"]
 
@@ -34,10 +34,14 @@ def find_problems(config: StudyConfig) -> list[str]:
     space_ok = len(problems) == before
     _collect(problems, lambda: pick_device(config.teacher.device))
     _collect(problems, lambda: Corpus.find(config.data))
+    problems += _misplaced_folders(config)
+    if config.teacher.architecture is None:
+        _collect(problems, lambda: check_weights(config.teacher))
     try:
         teacher = load_teacher(config.teacher, meta=True)
     except TeacherError as e:
-        problems.append(str(e))
+        if str(e) not in problems:
+            problems.append(str(e))
         return problems + check_search(config.search)
     if config.data.block_size > teacher.context:
         problems.append(
@@ -64,6 +68,24 @@ def _collect(problems: list[str], attempt: Any) -> None:
         problems += e.problems
     except InputError as e:
         problems.append(str(e))
+
+
+def _misplaced_folders(config: StudyConfig) -> list[str]:
+    problems = []
+    for name, folder in (
+        ("output", config.output),
+        ("bank.path", config.bank.path),
+        ("data.cache", config.data.cache),
+    ):
+        there = Path(folder)
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            problems.append(
+                f"{name}: must be a folder, there or to be made, but {there} is a file; name "
+                "another"
+            )
+    return problems
 
 
 def _misfits(config: StudyConfig, teacher: Teacher, space: SearchSpace) -> list[str]:

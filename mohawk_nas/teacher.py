@@ -34,6 +34,7 @@ from mohawk_nas.mixer import AttentionView
 __all__ = [
     "LayerCapture",
     "Teacher",
+    "check_weights",
     "find_attention",
     "load_architecture",
     "load_teacher",
@@ -406,23 +407,41 @@ def load_teacher(config: TeacherConfig, *, meta: bool = False, seed: int = 0) ->
         TeacherError: It is not there, is damaged, or is not a plain Transformer.
     """
     if meta:
-        architecture = load_architecture(config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(architecture, attn_implementation="sdpa")
+            model = _build(config, attn_implementation="sdpa")
         return Teacher(model, source=config.source)
     device = pick_device(config.device)
     auto = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
     if config.random_weights:
-        architecture = load_architecture(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(
-                architecture, dtype=dtype, attn_implementation=config.attention
-            )
+            model = _build(config, dtype=dtype, attn_implementation=config.attention)
     else:
         model = _load_weights(config, dtype)
     return Teacher(model.to(device), _load_tokenizer(config), source=config.source)
+
+
+def check_weights(config: TeacherConfig) -> None:
+    """See whether a local teacher has weights, without reading them.
+
+    Raises:
+        TeacherError: It has none.
+    """
+    if not config.random_weights and _gguf_path(config.source) is None:
+        _check_folder(config.source, weights=True)
+
+
+def _build(config: TeacherConfig, **options: Any) -> Any:
+    """The architecture, with random weights."""
+    architecture = load_architecture(config)
+    try:
+        return AutoModelForCausalLM.from_config(architecture, **options)
+    except Exception as e:
+        raise TeacherError(
+            f"teacher.source: {config.source} must be a causal language model with attention, but "
+            f"transformers cannot build one from its {type(architecture).__name__}: {_line(e)}"
+        ) from e
 
 
 def _load_weights(config: TeacherConfig, dtype: torch.dtype) -> Any:
@@ -466,7 +485,9 @@ def _load_tokenizer(config: TeacherConfig) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             _restore_digit_split(tokenizer, gguf)
             return tokenizer
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=config.trust_remote_code)
+        # Where there is no tokenizer, transformers makes an empty one.
+        return tokenizer if tokenizer("a")["input_ids"] else None
     except Exception as e:
         if config.random_weights and config.tokenizer is None:
             return None

@@ -27,7 +27,7 @@ from mohawk_nas.errors import MixerError
 from mohawk_nas.mixer import AttentionView, Mixer, MixerConfig, build_mixer
 from mohawk_nas.teacher import find_attention
 
-__all__ = ["MixerContract", "perturb", "tiny_model", "tiny_view"]
+__all__ = ["SIZES", "MixerContract", "perturb", "tiny_model", "tiny_view"]
 
 SIZES: dict[str, Any] = {
     "hidden_size": 24,

@@ -43,7 +43,9 @@ def poisoned_empty(monkeypatch):
 
         return poisoned
 
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
-    for name in ("new_empty",):
-        monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
+    # torch notes which functions take a device when a `with torch.device` first needs to know; it
+    # must not note ours.
+    with torch.device("cpu"):
+        torch.empty(0)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))

@@ -277,6 +277,11 @@ def test_the_replay_of_a_table_tells_regrets(tmp_path, capsys, monkeypatch):
     assert all(len(seeds) == 2 for seeds in found["regret"].values())
     for curve in itertools.chain(*found["regret"].values()):
         assert curve == sorted(curve, reverse=True) and curve[-1] >= 0
+    values = [row["value"] for row in table["layouts"]]
+    best, mean = min(values), sum(values) / len(values)
+    fours = [min(four) for four in itertools.combinations(values, 4)]
+    expected = (sum(fours) / len(fours) - best) / (mean - best)
+    assert found["random_expected"][0] == pytest.approx(expected)
     # The table is a sum over layers, so both selectors find its best.
     assert {n: (p["evaluations"], p["regret"]) for n, p in found["picks"].items()} == {
         "swap_one": (8, 0.0),

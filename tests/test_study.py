@@ -331,6 +331,21 @@ def test_results_load_without_a_scorer(tmp_path):
         load_result(config, space, budget, run_dir=tmp_path)
     result = run_study(config, space, budget, SyntheticScorer(8), run_dir=tmp_path)
     assert load_result(config, space, budget, run_dir=tmp_path) == result
+    other = replace(config, name="another")
+    with pytest.raises(RunError, match="there must be a study 'another', but there is none"):
+        load_result(other, space, budget, run_dir=tmp_path)
+
+
+def test_reading_a_result_does_not_disturb_the_search(tmp_path):
+    config, space, budget = make(8, 2, trials=6)
+
+    class Reading(SyntheticScorer):
+        def score(self, layout):
+            if len(self.scored) == 3:
+                assert len(load_result(config, space, budget, run_dir=tmp_path).trials) == 3
+            return super().score(layout)
+
+    assert len(run_study(config, space, budget, Reading(8), run_dir=tmp_path).trials) == 6
 
 
 @pytest.mark.parametrize(

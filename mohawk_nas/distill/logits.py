@@ -20,7 +20,7 @@ from mohawk_nas.data import BlockOrder, TokenBlocks
 from mohawk_nas.distill.losses import logits_loss
 from mohawk_nas.distill.trainer import MAX_BAD_STEPS, learning_rate, make_optimizer, num_steps
 from mohawk_nas.errors import TrainingError
-from mohawk_nas.files import load_metadata, load_tensors, save_tensors
+from mohawk_nas.files import DamagedFile, load_metadata, load_tensors, save_tensors
 from mohawk_nas.metrics import BlockFigures, body, evaluate_blocks
 from mohawk_nas.reporting import Reporter
 from mohawk_nas.student import MixerSlot
@@ -99,6 +99,7 @@ def distill_logits(
 
     Raises:
         TrainingError: Gradients were not finite too often.
+        DamagedFile: What an interrupted run left cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     student.requires_grad_(False)
@@ -119,6 +120,10 @@ def distill_logits(
     progress = _Progress(best_kl=start.mean_kl)
     checkpoint, best = folder / "checkpoint.safetensors", folder / "best.safetensors"
     if checkpoint.is_file():
+        if not best.is_file():
+            raise DamagedFile(f"{best}: must hold the best weights so far, but is not there")
+        # Told now, rather than when training has ended.
+        load_tensors(best)
         progress = _restore(checkpoint, parameters, optimizer)
         reporter.say(f"continuing after step {progress.step} of {steps}")
     else:

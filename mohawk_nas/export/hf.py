@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mohawk_nas.errors import ExportError
+from mohawk_nas.errors import ExportError, MohawkError, RunError
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.mixer import MIXERS, MixerConfig, build_mixer, mixer_config
 from mohawk_nas.registry import load_plugin
@@ -52,7 +52,7 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
     Args:
         teacher: The stock model's configuration as a dictionary, with its ``model_type``.
         layout: One candidate's name for each layer.
-        candidates: Name -> ``{"mixer": NAME, option: value, ...}`` of every candidate but attention.
+        candidates: Name -> ``{"mixer": NAME, option: value, ...}``, attention left out.
     """
 
     model_type = "mohawk_hybrid"
@@ -213,11 +213,22 @@ def load_hybrid(folder: str | Path, *, plugins: list[str] | None = None, **optio
         **options: Handed on, e.g. ``dtype``.
 
     Raises:
+        RunError: The folder cannot be read.
         ExportError: Weights are missing from the folder.
     """
     for plugin in plugins or ():
         load_plugin(Path(plugin))
-    model, report = HybridForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    try:
+        model, report = HybridForCausalLM.from_pretrained(
+            folder, output_loading_info=True, **options
+        )
+    except MohawkError:
+        raise
+    except Exception as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise RunError(
+            f"{folder}: must hold a whole hybrid, but cannot be read ({reason}); make it again"
+        ) from e
     if report["missing_keys"]:
         raise ExportError(
             f"{folder}: weights are missing, e.g. {sorted(report['missing_keys'])[0]}"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Column
 
 from mohawk_nas.reporting import Task
 
@@ -48,6 +49,8 @@ class ConsoleReporter:
             yield _Bar(progress, bar, figures)
             if figures.idle:
                 progress.remove_task(bar)
+            elif total is None:
+                progress.update(bar, total=figures.done)
         finally:
             if outermost:
                 progress.stop()
@@ -62,20 +65,20 @@ class _Figures:
 
     def __init__(self, total: float | None, unit: str, done: float) -> None:
         self._total, self._unit = total, unit
-        self._done, self._done_before = done, done
+        self.done, self._done_before = done, done
         self._tokens = 0
         self._shown: dict[str, float | str] = {}
         self._began = time.monotonic()
 
     def add(self, amount: float, tokens: int, figures: Mapping[str, float | str]) -> None:
-        self._done += amount
+        self.done += amount
         self._tokens += tokens
         self._shown.update(figures)
 
     @property
     def idle(self) -> bool:
         """Whether nothing has been done in this run."""
-        return self._done == self._done_before
+        return self.done == self._done_before
 
     @property
     def seconds(self) -> float:
@@ -84,13 +87,13 @@ class _Figures:
     def text(self) -> str:
         """How much, how fast, how much longer, then the figures."""
         of_total = "" if self._total is None else f"/{self._total:,.0f}"
-        plural = "" if (self._total or self._done) == 1 else "s"
-        parts = [f"{self._done:,.0f}{of_total} {self._unit}{plural}"]
+        plural = "" if (self._total or self.done) == 1 else "s"
+        parts = [f"{self.done:,.0f}{of_total} {self._unit}{plural}"]
         if self._tokens:
             parts.append(f"{self._tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
-        if self._total is not None and not self.idle and self._done < self._total:
-            rate = (self._done - self._done_before) / max(self.seconds, 1e-9)
-            parts.append(f"{_duration((self._total - self._done) / rate)} left")
+        if self._total is not None and not self.idle and self.done < self._total:
+            rate = (self.done - self._done_before) / max(self.seconds, 1e-9)
+            parts.append(f"{_duration((self._total - self.done) / rate)} left")
         for name, value in self._shown.items():
             shown = value if isinstance(value, str) else f"{value:.4g}"
             parts.append(f"{name.replace('_', ' ')} {shown}")
@@ -131,8 +134,15 @@ def _bars(console: Console) -> Progress:
         SpinnerColumn(finished_text=" "),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=16),
-        TextColumn("{task.fields[figures]}", style="dim", markup=False),
+        # Of all columns this one is cut where a line is too long.
+        TextColumn(
+            "{task.fields[figures]}",
+            style="dim",
+            markup=False,
+            table_column=Column(ratio=1, no_wrap=True),
+        ),
         console=console,
+        expand=True,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.exceptions import DuplicatedStudyError, OptunaError
+from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -41,9 +41,11 @@ class Ledger:
         storage: Where the studies are; made there if they are not.
         settings: What the scores depend on. A storage that holds the study with other settings is
             refused.
+        begin: Make the study if there is none, and mark trials as failed that a process left
+            running. False only reads, so it does not disturb a search that is going on.
 
     Raises:
-        RunError: The storage holds a study of this name with other settings.
+        RunError: The storage holds a study of this name with other settings, or none to read.
     """
 
     def __init__(
@@ -54,18 +56,19 @@ class Ledger:
         weights: Mapping[str, float],
         storage: BaseStorage,
         settings: Mapping[str, Any],
+        begin: bool,
     ) -> None:
         self._space = space
         self._weights = weights
         self._storage = storage
-        self._trial_study = _open_study(storage, name)
-        self._probe_study = _open_study(storage, f"{name}.probes")
+        self._trial_study = _open_study(storage, name, begin=begin)
+        self._probe_study = _open_study(storage, f"{name}.probes", begin=begin)
         self._check(name, settings)
         self.trials: list[Trial] = []
         self.probes: list[Probe] = []
         self._scores: dict[Layout, Score] = {}
         for frozen in storage.get_all_trials(self._trial_study, deepcopy=False):
-            if frozen.state == TrialState.RUNNING:
+            if frozen.state == TrialState.RUNNING and begin:
                 number = frozen.number
                 trial_id = storage.get_trial_id_from_study_id_trial_number(
                     self._trial_study, number
@@ -233,8 +236,12 @@ def storage_errors(where: str) -> Iterator[None]:
         optuna.logging.set_verbosity(verbosity)
 
 
-def _open_study(storage: BaseStorage, name: str) -> int:
+def _open_study(storage: BaseStorage, name: str, *, begin: bool) -> int:
     try:
-        return storage.create_new_study([StudyDirection.MINIMIZE], name)
-    except DuplicatedStudyError:
         return storage.get_study_id_from_name(name)
+    except KeyError as e:
+        if not begin:
+            raise RunError(
+                f"there must be a study {name!r}, but there is none; search first"
+            ) from e
+    return storage.create_new_study([StudyDirection.MINIMIZE], name)

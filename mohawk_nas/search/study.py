@@ -143,7 +143,7 @@ def run_study(
     """
     if problems := check_search(config.search, space=space, budget=budget):
         raise ConfigError(problems)
-    with _open(config, space, run_dir=run_dir) as ledger:
+    with _open(config, space, run_dir=run_dir, begin=True) as ledger:
         study = _Study(config, space, budget, scorer, ledger, provenance, reporter)
         study.run_baselines()
         study.run_strategy()
@@ -161,7 +161,7 @@ def load_result(
     path = run_dir / "study.db"
     if config.search.storage is None and not path.is_file():
         raise RunError(f"{path}: must hold a study, but there is none; run `search` first")
-    with _open(config, space, run_dir=run_dir) as ledger:
+    with _open(config, space, run_dir=run_dir, begin=False) as ledger:
         if not ledger.trials:
             raise RunError(f"study {config.name!r}: no layout is scored yet; run `search` first")
         return _result(config, space, budget, ledger)
@@ -313,7 +313,9 @@ class _Study:
 
 
 @contextmanager
-def _open(config: StudyConfig, space: SearchSpace, *, run_dir: Path | None) -> Iterator[Ledger]:
+def _open(
+    config: StudyConfig, space: SearchSpace, *, run_dir: Path | None, begin: bool
+) -> Iterator[Ledger]:
     search = config.search
     where = search.storage or (str(run_dir / "study.db") if run_dir else "memory")
     with storage_errors(where):
@@ -325,6 +327,7 @@ def _open(config: StudyConfig, space: SearchSpace, *, run_dir: Path | None) -> I
                 weights=search.objective,
                 storage=storage,
                 settings=_settings(config, space),
+                begin=begin,
             )
         finally:
             storage.remove_session()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import shlex
 import statistics
@@ -100,6 +101,14 @@ class Scores:
         best = min(self.feasible)
         return (value - best) / (statistics.fmean(self.feasible) - best)
 
+    def expected_random(self, num_layouts: int) -> float:
+        """Mean regret of the best of ``num_layouts`` random layouts, over every choice of them."""
+        values = sorted(self.feasible)
+        total = math.comb(len(values), num_layouts)
+        # The i-th best is the best drawn if all others come from those behind it.
+        weights = (math.comb(len(values) - i, num_layouts - 1) for i in range(1, len(values) + 1))
+        return sum(self.regret(v) * (w / total) for v, w in zip(values, weights, strict=True))
+
     def study(self, *, seed: int, **search: Any) -> StudyResult:
         config = StudyConfig(
             name=f"{self.name}-{seed}",
@@ -139,6 +148,7 @@ def replay(scores: Scores, *, num_seeds: int, most: int) -> dict[str, Any]:
         "attention_layers": scores.num_attention,
         "layouts": possible,
         "steps": steps,
+        "random_expected": [scores.expected_random(step) for step in steps],
         "regret": curves,
         "picks": picks,
     }
@@ -151,12 +161,13 @@ def show(outcome: Mapping[str, Any], console: Console) -> None:
         f"{outcome['layouts']:,} layouts, {outcome['objective']}"
     )
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("layouts scored", justify="right")
+    table.add_column("layouts", justify="right")
+    table.add_column("chance", justify="right")
     for strategy, seeds in outcome["regret"].items():
-        table.add_column(f"{strategy}, mean of {len(seeds)}", justify="right")
+        table.add_column(f"{strategy} x{len(seeds)}", justify="right")
         table.add_column("worst", justify="right")
     for i, step in enumerate(outcome["steps"]):
-        row = [str(step)]
+        row = [str(step), f"{outcome['random_expected'][i]:.1%}"]
         for seeds in outcome["regret"].values():
             found = [curve[i] for curve in seeds]
             row += [f"{statistics.fmean(found):.1%}", f"{max(found):.1%}"]
@@ -186,8 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         outcomes.append(outcome)
         show(outcome, console)
     console.print(
-        "Regret: (best found - best there is) / (mean of all layouts - best there is); lower is "
-        "better. No baseline was scored beforehand.",
+        "Regret after so many layouts: (best found - best there is) / (mean of all - best there "
+        "is); lower is better. Mean and worst over the seeds, no baseline scored beforehand. "
+        "Chance: the mean of random search over all seeds, computed.",
         style="dim",
     )
     typed = sys.argv[1:] if arguments is None else arguments
