@@ -202,10 +202,9 @@ def _load(study: Path, overrides: Sequence[str] | None) -> StudyConfig:
 def _quiet() -> None:
     """Leave the screen to this program: no libraries' progress bars, no advice."""
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
-    hub_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -80,9 +80,12 @@ def find_target(path: str | Path) -> Target:
 def _study_of(card: Path) -> StudyConfig:
     try:
         return study_from_dict(read_json(card)["study"], source=str(card))
-    except (DamagedFile, KeyError, TypeError) as e:
-        reason = e if isinstance(e, DamagedFile) else f"{type(e).__name__}: {e}"
-        raise RunError(f"{card}: must be what `export` wrote, but is not ({reason})") from e
+    except DamagedFile as e:
+        raise RunError(f"{e}; export it again") from e
+    except (KeyError, TypeError) as e:
+        raise RunError(
+            f"{card}: must be what `export` wrote, but is not ({type(e).__name__}: {e})"
+        ) from e
 
 
 def evaluate(target: Target, *, reporter: Reporter = SILENT) -> list[Evaluation]:

@@ -457,13 +457,14 @@ def write_gguf(path, model):
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(0)
     letters = sorted(ByteLevel.alphabet())
-    words = ["<pad>", "<s>", "</s>", *letters, "12"]
+    words = ["<pad>", "<s>", "</s>", *letters, "12", "34"]
     words += [f"<unused{i}>" for i in range(config.vocab_size - len(words))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(words)
     writer.add_token_types([3, 3, 3] + [1] * (len(words) - 3))
-    writer.add_token_merges(["1 2"])
+    # Two: transformers before 5.20 takes a list of one for its only element.
+    writer.add_token_merges(["1 2", "3 4"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoTokenizer
 
 from mohawk_nas.config import plain
-from mohawk_nas.errors import RunError
+from mohawk_nas.errors import ExportError, RunError
 from mohawk_nas.evaluate import CARD, find_target
 from mohawk_nas.export.hf import load_hybrid, save_hybrid
 from mohawk_nas.export.verify import verify_export
-from mohawk_nas.files import read_json, write_json
+from mohawk_nas.files import atomic_folder, read_json, write_json
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.pipeline import load_best, set_aside
 from mohawk_nas.registry import load_plugin
@@ -44,46 +44,50 @@ def export_folder(
     if target.model is None or target.best is None:
         raise RunError(f"{source}: must hold a finished distillation; run `distill` first")
     out = target.best.parent / "export" if out is None else out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not force:
-            raise RunError(f"{out}: is there already; use --force to set it aside, or --out")
-        set_aside(out)
+    in_the_way = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if in_the_way and not force:
+        raise RunError(f"{out}: is there already; use --force to set it aside, or --out")
     for plugin in target.study.plugins:
         load_plugin(Path(plugin))
     model = load_hybrid(target.model, dtype=torch.float32)
     config = model.config
     tokenizer = AutoTokenizer.from_pretrained(target.model)
     layout = Layout(tuple(config.layout))
-    save_hybrid(
-        model,
-        out,
-        layout=layout,
-        candidates=config.candidates,
-        tokenizer=tokenizer,
-        dtype=getattr(torch, dtype),
-    )
     result = read_json(target.model.parent / "result.json")
     best = load_best(target.best)
-    write_json(
-        out / CARD,
-        {
-            "layout": list(layout.candidates),
-            "attention_layers": list(layout.attention_layers),
-            "teacher": {
-                "source": best.study.teacher.source,
-                "fingerprint": best.teacher_fingerprint,
-            },
-            "scores": best.scores,
-            "distillation": result,
-            "study": plain(best.study),
+    card = {
+        "layout": list(layout.candidates),
+        "attention_layers": list(layout.attention_layers),
+        "teacher": {
+            "source": best.study.teacher.source,
+            "fingerprint": best.teacher_fingerprint,
         },
-    )
-    card = _model_card(layout, config, best.study.teacher.source, best.study.data.source, result)
-    (out / "README.md").write_text(card, encoding="utf-8")
-    if dtype != "float32":
-        # The check compares what was written, so the student is rounded the same way.
-        model = model.to(getattr(torch, dtype)).float()
-    return out, verify_export(out, model, plugins=target.study.plugins)
+        "scores": best.scores,
+        "distillation": result,
+        "study": plain(best.study),
+    }
+    page = _model_card(layout, config, best.study.teacher.source, best.study.data.source, result)
+    with atomic_folder(out) as beside:
+        save_hybrid(
+            model,
+            beside,
+            layout=layout,
+            candidates=config.candidates,
+            tokenizer=tokenizer,
+            dtype=getattr(torch, dtype),
+        )
+        write_json(beside / CARD, card)
+        (beside / "README.md").write_text(page, encoding="utf-8")
+        if dtype != "float32":
+            # The check compares what was written, so the student is rounded the same way.
+            model = model.to(getattr(torch, dtype)).float()
+        try:
+            found = verify_export(beside, model, plugins=target.study.plugins)
+        except ExportError as e:
+            raise ExportError(f"{out}: is not written, since {e}") from e
+        if in_the_way:
+            set_aside(out)
+    return out, found
 
 
 def _model_card(

@@ -56,7 +56,7 @@ def verify_export(folder: Path, student: Any, *, plugins: Sequence[str] = ()) ->
         done = subprocess.run([*command, *plugins], capture_output=True, text=True)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
-        raise ExportError(f"{folder}: the exported checkpoint fails its check: {reason}")
+        raise ExportError(f"the exported checkpoint fails its check: {reason}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -1,0 +1,70 @@
+"""Writes the scores of a finished search as a table that `replay.py` reads.
+
+Needs a run that scored every layout of its space, with the baselines `swap_one` and `greedy`, so that
+their probes are there:
+
+    mohawk-nas search studies/quickstart.yaml
+    python studies/benchmarks/scores_table.py runs/quickstart
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import yaml
+
+from mohawk_nas.errors import RunError
+from mohawk_nas.files import write_json
+from mohawk_nas.pipeline import load_best
+from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.space import load_space
+from mohawk_nas.search.study import load_result
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of the run")
+    run = parser.parse_args().run
+    best = load_best(run)
+    config = best.study
+    space = load_space(config.space, num_layers=len(best.layout))
+    budget = Budget(attention_layers=config.budget.attention_layers)
+    result = load_result(config, space, budget, run_dir=run)
+    if not result.exhaustive or len(space.replacements) != 1:
+        raise RunError(f"{run}: must hold every layout of a space with one replacement")
+    (objective,) = config.search.objective
+    table = {
+        "name": config.name,
+        "num_layers": space.num_layers,
+        "attention_layers": budget.attention_layers,
+        "objective": objective,
+        "search_tokens": config.search.tokens,
+        "bank_tokens": {"matrix": config.bank.matrix.tokens, "hidden": config.bank.hidden.tokens},
+        "teacher_fingerprint": best.teacher_fingerprint,
+        "made_by": shlex.join([Path(sys.argv[0]).name, run.name]),
+        "searched_with": {
+            key: value
+            for key, value in yaml.safe_load((run / "best.yaml").read_text())["provenance"].items()
+            if key != "command"
+        },
+        "layouts": [
+            {"layout": list(trial.layout.attention_layers), "value": trial.value}
+            for trial in result.ranking
+        ],
+        "probes": {
+            ",".join(map(str, probe.layout.attention_layers)): probe.score.value(result.weights)
+            for probe in result.probes
+        },
+    }
+    path = RESULTS / f"scores_{config.name}.json"
+    write_json(path, table)
+    print(f"wrote {path.name}: {len(result.trials)} layouts, {len(result.probes)} probes")
+
+
+if __name__ == "__main__":
+    main()

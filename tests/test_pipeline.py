@@ -1,0 +1,203 @@
+"""The whole path on a tiny teacher: search, score, distil, export, evaluate, generate."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+import yaml
+from tiny_study import make_study
+
+from mohawk_nas import pipeline
+from mohawk_nas.errors import RunError
+from mohawk_nas.evaluate import continue_text, evaluate, find_target
+from mohawk_nas.export.folder import export_folder
+from mohawk_nas.layout import Layout
+from mohawk_nas.search.study import load_result
+
+KILLS = 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pipeline")
+
+
+@pytest.fixture(scope="module")
+def searched(folder):
+    return pipeline.search(make_study(folder))
+
+
+@pytest.fixture(scope="module")
+def distilled(searched):
+    return pipeline.distill(pipeline.load_best(searched[1]))
+
+
+def test_a_search_writes_all_that_distillation_needs(folder, searched):
+    result, path = searched
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert raw["layout"] == list(result.best.layout.candidates)
+    assert raw["attention_layers"] == list(result.best.layout.attention_layers)
+    assert raw["strip"].split().count("A") == 2
+    assert raw["scores"]["value"] == result.best.value
+    assert set(raw["bank"]) == {str(i) for i in result.best.layout.replaced_layers}
+    assert raw["provenance"]["versions"]["torch"] == torch.__version__
+    assert pipeline.load_best(path).study == make_study(folder)
+    assert (path.parent / "config.yaml").is_file() and (path.parent / "provenance.json").is_file()
+    for key in raw["bank"].values():
+        assert (folder / "bank" / f"{key}.safetensors").is_file()
+
+
+def test_the_space_is_scored_whole_and_the_best_wins(searched):
+    result, _ = searched
+    assert result.exhaustive and len(result.trials) == result.num_possible == 6
+    assert result.best.value == min(trial.value for trial in result.trials)
+    assert set(result.baselines) >= {"first", "last", "swap_one", "add_one_in", "greedy"}
+
+
+def test_a_layout_of_ones_own_is_placed(folder, searched):
+    result, _ = searched
+    layout, scored, placement, _ = pipeline.score(make_study(folder), "0,1")
+    assert layout.attention_layers == (0, 1)
+    assert placement.trial is not None
+    assert placement.rank == 1 + sum(t.value < placement.trial.value for t in result.trials)
+    # Off the budget it is scored anew.
+    layout, scored, placement, _ = pipeline.score(make_study(folder), "A A A M")
+    assert placement.trial is None
+    assert scored.mean("kl") < max(trial.value for trial in result.trials)
+
+
+def test_distillation_starts_from_the_bank_and_keeps_the_best(searched, distilled):
+    result, folder = distilled
+    assert result.after.mean_kl <= result.before.mean_kl
+    raw = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert raw["layout"] == list(searched[0].best.layout.candidates)
+    assert raw["validation_kl"]["after"] == result.after.mean_kl
+
+
+def test_a_finished_distillation_is_not_run_again(searched, distilled, monkeypatch):
+    def never(*args):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("mohawk_nas.distill.logits._train_step", never)
+    again, _ = pipeline.distill(pipeline.load_best(searched[1]))
+    assert again.after == distilled[0].after
+
+
+def test_other_settings_do_not_continue_a_distillation(searched, distilled):
+    best = pipeline.load_best(searched[1], ["distill.logits.lr=1e-5"])
+    with pytest.raises(RunError, match=r"other settings \(distill\.logits\.lr\); use --force"):
+        pipeline.distill(best)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["distill.hidden.tokens=256", "distill.hidden.batch_size=4"],
+        [
+            "distill.start=scratch",
+            "distill.matrix.tokens=128",
+            "distill.matrix.batch_size=4",
+            "distill.hidden.tokens=256",
+            "distill.hidden.batch_size=4",
+        ],
+    ],
+    ids=["more of stage 2", "from scratch"],
+)
+def test_stages_one_and_two_can_be_part_of_the_distillation(searched, tmp_path, overrides):
+    copy = tmp_path / "best.yaml"
+    copy.write_bytes(searched[1].read_bytes())
+    result, folder = pipeline.distill(pipeline.load_best(copy, overrides))
+    assert result.after.mean_kl <= result.before.mean_kl
+    records = [json.loads(p.read_text()) for p in (folder / "bank").glob("*.json")]
+    assert len(records) == 2
+    from_bank = "distill.start=scratch" not in overrides
+    assert all((r["identity"]["start"] is not None) == from_bank for r in records)
+
+
+def test_export_evaluate_generate(folder, distilled):
+    out, found = export_folder(distilled[1])
+    assert found["reloaded logits"] <= 1e-5 and found["prefill and decode"] <= 1e-5
+    run = evaluate(find_target(distilled[1].parent))
+    assert [row.name for row in run] == ["teacher", "undistilled student", "distilled student"]
+    exported = evaluate(find_target(out))
+    assert [row.name for row in exported] == ["teacher", "export"]
+    assert exported[1].figures == run[2].figures
+    assert run[0].figures.mean_kl == pytest.approx(0, abs=1e-6)
+    assert run[2].figures.mean_kl < run[1].figures.mean_kl
+    said = [continue_text(find_target(p), "a text", max_new_tokens=4) for p in (out, distilled[1])]
+    assert said[0] == said[1] and said[0].startswith("a text")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert str(folder) not in card and f"{distilled[0].after.mean_kl:.4f}" in card
+
+
+def test_more_trials_continue_a_study(tmp_path):
+    options = ("search.baselines=[first]", "search.strategy=random")
+    short, _ = pipeline.search(make_study(tmp_path, "search.trials=3", *options))
+    long, _ = pipeline.search(make_study(tmp_path, "search.trials=5", *options))
+    assert [t.layout for t in long.trials[:3]] == [t.layout for t in short.trials]
+    assert len(long.trials) == 5
+
+
+def test_force_sets_an_earlier_run_aside(tmp_path):
+    first, _ = pipeline.search(make_study(tmp_path, "search.tokens=64"))
+    pipeline.search(make_study(tmp_path), force=True)
+    assert (tmp_path / "runs" / "tiny.old-1" / "best.yaml").is_file()
+    assert first.best.layout in {Layout(t.layout.candidates) for t in first.trials}
+
+
+def outcome(folder, config):
+    """What must be the same after kills: order, layouts, scores, bank keys, best."""
+    bench = pipeline.Workbench(config)
+    result = load_result(config, bench.space, bench.budget, run_dir=config.run_dir)
+    best = yaml.safe_load((config.run_dir / "best.yaml").read_text(encoding="utf-8"))
+    trials = [(t.layout, t.score.per_block, dict(t.provenance)) for t in result.trials]
+    return trials, dict(result.baselines), best["layout"], best["bank"], best["scores"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("strategy", ["tpe"])
+def test_a_search_that_is_killed_ten_times_ends_as_an_unbroken_one(tmp_path, strategy):
+    def study(name):
+        # Enough layouts for sampling, and enough steps for kills to fall into the bank.
+        return make_study(
+            tmp_path,
+            f"output={tmp_path / name}",
+            f"bank.path={tmp_path / name / 'bank'}",
+            f"data.cache={tmp_path / name / 'cache'}",
+            "bank.matrix.tokens=512",
+            "bank.matrix.batch_size=4",
+            "bank.hidden.tokens=2048",
+            "search.trials=5",
+            "search.baselines=[first, swap_one]",
+            f"search.strategy={strategy}",
+        )
+
+    # A forked child skips the seconds that imports take, so that kills fall into the work.
+    context = multiprocessing.get_context("fork")
+    began = time.monotonic()
+    whole = context.Process(target=pipeline.search, args=(study("whole"),))
+    whole.start()
+    whole.join()
+    assert whole.exitcode == 0
+    seconds = time.monotonic() - began
+
+    rng, hit = random.Random(0), 0
+    for _ in range(KILLS):
+        child = context.Process(target=pipeline.search, args=(study("broken"),))
+        child.start()
+        child.join(rng.uniform(0.05, 0.6) * seconds)
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            hit += 1
+        child.join()
+    last = context.Process(target=pipeline.search, args=(study("broken"),))
+    last.start()
+    last.join()
+    assert last.exitcode == 0
+    assert hit >= 3
+    assert outcome(tmp_path, study("broken")) == outcome(tmp_path, study("whole"))
