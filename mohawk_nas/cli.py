@@ -222,8 +222,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if with_traceback:
             raise
         _fail(str(e), e.exit_code)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command goes on from here", INTERRUPTED)
+    except SystemExit as e:
+        # So typer ends a command after Ctrl-C.
+        if e.code == INTERRUPTED:
+            _fail("stopped; the same command goes on from here", INTERRUPTED)
+        raise
     except OSError as e:
         if with_traceback:
             raise

@@ -11,7 +11,8 @@ import datetime
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from mohawk_nas.bank import Bank, versions
 from mohawk_nas.config import BankConfig, StudyConfig, dump, flatten, plain, study_from_dict
@@ -174,8 +176,13 @@ def search(
     """
     if problems := find_problems(config):
         raise ConfigError(problems)
-    claim_run_dir(config, force=force)
-    bench = Workbench(config, reporter)
+    with only_one(config.run_dir):
+        claim_run_dir(config, force=force)
+        return _search(Workbench(config, reporter))
+
+
+def _search(bench: Workbench) -> tuple[StudyResult, Path]:
+    config, reporter = bench.config, bench.reporter
     if config.search.evaluation == "bank":
         bench.bank.train(bench.bank_pairs, reporter=reporter)
 
@@ -275,8 +282,15 @@ def distill(
     Raises:
         RunError: The folder holds another distillation, or the teacher is another one.
     """
-    config = best.study.distill
     folder = best.path.parent / "distill"
+    with only_one(folder):
+        return _distill(best, folder, reporter=reporter, force=force)
+
+
+def _distill(
+    best: BestLayout, folder: Path, *, reporter: Reporter, force: bool
+) -> tuple[LogitsResult, Path]:
+    config = best.study.distill
     settings = {"layout": list(best.layout.candidates), "distill": plain(config)}
     if not force:
         _check_distill_dir(folder, settings)
@@ -286,6 +300,10 @@ def distill(
             f"{best.path}: was made for another teacher (fingerprint {best.teacher_fingerprint}, "
             f"but {best.study.teacher.source} has {bench.teacher.fingerprint}); run `search` again"
         )
+    try:
+        bench.space.check(best.layout)
+    except LayoutError as e:
+        raise LayoutError(f"{best.path}: {e}") from e
     if force and folder.exists():
         set_aside(folder)
     write_json(folder / DISTILL_RECORD, settings)
@@ -365,6 +383,30 @@ def _layer_bank(bench: Workbench, best: BestLayout, path: Path, train: TokenBloc
     )
     bank.train(pairs, reporter=bench.reporter)
     return bank
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Keep a second process out of a run's folder while one works in it.
+
+    The system releases the lock when the process ends, however it ends.
+
+    Raises:
+        RunError: Another process works there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as e:
+        raise RunError(
+            f"{folder}: must be worked on by one process at a time, but another is at it; wait for "
+            "it, or give this study another name"
+        ) from e
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def claim_run_dir(config: StudyConfig, *, force: bool) -> None:

@@ -150,7 +150,16 @@ def test_force_sets_an_earlier_run_aside(tmp_path):
     assert first.best.layout in {Layout(t.layout.candidates) for t in first.trials}
 
 
-def outcome(folder, config):
+def test_two_searches_of_one_run_are_kept_apart(tmp_path):
+    config = make_study(tmp_path)
+    with (
+        pipeline.only_one(config.run_dir),
+        pytest.raises(RunError, match="by one process at a time, but another is at it"),
+    ):
+        pipeline.search(config)
+
+
+def outcome(config):
     """What must be the same after kills: order, layouts, scores, bank keys, best."""
     bench = pipeline.Workbench(config)
     result = load_result(config, bench.space, bench.budget, run_dir=config.run_dir)
@@ -200,4 +209,4 @@ def test_a_search_that_is_killed_ten_times_ends_as_an_unbroken_one(tmp_path, str
     last.join()
     assert last.exitcode == 0
     assert hit >= 3
-    assert outcome(tmp_path, study("broken")) == outcome(tmp_path, study("whole"))
+    assert outcome(study("broken")) == outcome(study("whole"))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mohawk_nas.mixers._scan import chunked_scan, decay_mask, naive_scan
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

@@ -1,7 +1,7 @@
 """Writes the scores of a finished search as a table that `replay.py` reads.
 
-Needs a run that scored every layout of its space, with the baselines `swap_one` and `greedy`, so that
-their probes are there:
+Needs a run that scored every layout of its space, with the baselines `swap_one` and `greedy`, whose
+probes are then there:
 
     mohawk-nas search studies/quickstart.yaml
     python studies/benchmarks/scores_table.py runs/quickstart
