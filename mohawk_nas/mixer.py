@@ -259,6 +259,11 @@ class Mixer(nn.Module, ABC):
 
     num_heads: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters. A bank trains in float32 whatever the teacher is held in."""
+        return next(self.parameters()).dtype
+
     @abstractmethod
     def forward(
         self, hidden: Tensor, *, mask: Tensor | None = None, cache: MixerState | None = None

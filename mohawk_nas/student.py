@@ -75,7 +75,9 @@ class MixerSlot(nn.Module):
         cache = layer_past if past_key_values is None else past_key_values
         state = None if cache is None else self._state(cache)
         mask = self._padding.of_last(hidden_states.shape[1])
-        return self.mixer(hidden_states, mask=mask, cache=state), None
+        # A float32 mixer may stand in a bfloat16 model.
+        mixed = self.mixer(hidden_states.to(self.mixer.dtype), mask=mask, cache=state)
+        return mixed.to(hidden_states.dtype), None
 
     def _state(self, cache: Any) -> MixerState:
         # The cache was made for attention everywhere; this layer's place in it is taken over when

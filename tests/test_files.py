@@ -10,6 +10,7 @@ from mohawk_nas import files
 from mohawk_nas.errors import TrainingError
 from mohawk_nas.files import (
     DamagedFile,
+    atomic_folder,
     atomic_write,
     load_metadata,
     load_tensors,
@@ -61,6 +62,50 @@ def test_full_disk_as_safetensors_tells_it(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(TrainingError, match="no space left to write it"):
         save_tensors(tmp_path / "t.safetensors", {"a": torch.zeros(3)})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_atomic_folder(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "folder"
+    with atomic_folder(path) as beside:
+        (beside / "inner").mkdir()
+        (beside / "inner" / "file").write_text("one")
+        assert not path.exists()
+    assert (path / "inner" / "file").read_text() == "one"
+    with pytest.raises(KeyError), atomic_folder(path) as beside:
+        (beside / "file").write_text("two")
+        raise KeyError
+    assert [p.name for p in path.parent.iterdir()] == ["folder"]
+    assert [p.name for p in path.iterdir()] == ["inner"]
+    with atomic_folder(path) as beside:
+        (beside / "file").write_text("three")
+    assert [p.name for p in path.parent.iterdir()] == ["folder"]
+    assert [p.name for p in path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        files.SafetensorError("Error while serializing: I/O error: No space (os error 28)"),
+    ],
+)
+def test_full_disk_while_a_folder_is_written(error: Exception, tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "file").write_text("one")
+    with (
+        pytest.raises(
+            TrainingError, match=r"folder: no space left to write it \([\d,]+ MiB free\)"
+        ),
+        atomic_folder(path) as beside,
+    ):
+        (beside / "file").write_text("half")
+        raise error
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    assert (path / "file").read_text() == "one"
+    with pytest.raises(files.SafetensorError, match="header"), atomic_folder(path):
+        raise files.SafetensorError("header too large")
 
 
 def test_json(tmp_path: Path) -> None:

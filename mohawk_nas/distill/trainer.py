@@ -7,6 +7,7 @@ soon as the teacher's layer has, and the result does not depend on what is train
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -171,9 +172,11 @@ def _train_step(
     losses: list[float] = []
 
     def on_layer(capture: LayerCapture) -> None:
+        # Candidates are trained in float32, whatever type the teacher is held in.
+        inputs = dataclasses.replace(capture, hidden=capture.hidden.float())
         for job in by_layer[capture.view.layer_idx]:
             began = time.perf_counter()
-            losses.append(_update(job, capture, stage, rate, step, steps))
+            losses.append(_update(job, inputs, stage, rate, step, steps))
             job.seconds += time.perf_counter() - began
 
     tokens = blocks.batch(order.indices(step)).to(teacher.device)

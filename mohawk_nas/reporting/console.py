@@ -39,11 +39,11 @@ def print_result(
     for line in text.counts(result):
         _say(console, line)
     console.print()
-    console.print(_best_table(result, top=top))
+    console.print(_best_table(result, top=top, width=console.width))
     _say(console, f"[dim]{text.reading(result)}[/dim]")
     if result.baselines:
         console.print()
-        console.print(_baseline_table(result))
+        console.print(_baseline_table(result, width=console.width))
     if result.worth.fitted or result.worth.swap_one or result.worth.add_one_in:
         console.print()
         console.print(_worth_table(result))
@@ -74,38 +74,40 @@ def print_placement(
     )
 
 
-def _best_table(result: StudyResult, *, top: int) -> Table:
+def _best_table(result: StudyResult, *, top: int, width: int) -> Table:
     table = _table("Best layouts")
     shown = result.ranking[:top]
     table.add_column("#", justify="right")
-    _add_layout_columns(table, result, [trial.layout for trial in shown])
+    _add_layout_columns(table, result, [trial.layout for trial in shown], width)
     table.add_column("proposed by")
     for rank, trial in enumerate(shown, start=1):
-        cells = _layout_cells(result, trial, shown)
+        cells = _layout_cells(result, trial, shown, width)
         table.add_row(str(rank), *cells, text.proposers(result, trial.layout))
     if len(result.ranking) > top:
         table.caption = f"and {len(result.ranking) - top:,} more"
     return table
 
 
-def _baseline_table(result: StudyResult) -> Table:
+def _baseline_table(result: StudyResult, *, width: int) -> Table:
     table = _table("Baselines: what simple rules choose")
     trials = [result.by_layout[layout] for layout in result.baselines.values()]
     table.add_column("baseline", no_wrap=True)
-    _add_layout_columns(table, result, [trial.layout for trial in trials])
+    _add_layout_columns(table, result, [trial.layout for trial in trials], width)
     table.add_column("rank", justify="right")
     table.add_column("probes", justify="right")
     rank = {trial.layout: place for place, trial in enumerate(result.ranking, start=1)}
     for label, trial in zip(result.baselines, trials, strict=True):
         cost = result.probe_costs.get(label)
         looked = f"{cost.asked}" if cost else ""
-        cells = _layout_cells(result, trial, trials)
+        cells = _layout_cells(result, trial, trials, width)
         table.add_row(label, *cells, str(rank[trial.layout]), looked)
     return table
 
 
-def _add_layout_columns(table: Table, result: StudyResult, layouts: Sequence[Layout]) -> None:
-    strip, listed = _layout_forms(result, layouts)
+def _add_layout_columns(
+    table: Table, result: StudyResult, layouts: Sequence[Layout], width: int
+) -> None:
+    strip, listed = _layout_forms(result, layouts, width)
     if strip:
         table.add_column("layout", no_wrap=True)
     if listed:
@@ -117,8 +119,10 @@ def _add_layout_columns(table: Table, result: StudyResult, layouts: Sequence[Lay
     table.add_column("behind the best", no_wrap=True)
 
 
-def _layout_cells(result: StudyResult, trial: Trial, beside: Sequence[Trial]) -> list[str | Text]:
-    strip, listed = _layout_forms(result, [other.layout for other in beside])
+def _layout_cells(
+    result: StudyResult, trial: Trial, beside: Sequence[Trial], width: int
+) -> list[str | Text]:
+    strip, listed = _layout_forms(result, [other.layout for other in beside], width)
     cells: list[str | Text] = [_strip(trial.layout, result.space)] if strip else []
     if listed:
         cells.append(text.layers(trial.layout))
@@ -184,14 +188,15 @@ def _strip(layout: Layout, space: SearchSpace) -> Text:
     return strip
 
 
-def _layout_forms(result: StudyResult, layouts: Sequence[Layout]) -> tuple[bool, bool]:
+def _layout_forms(result: StudyResult, layouts: Sequence[Layout], width: int) -> tuple[bool, bool]:
     # The strip and the list of layers say the same: both where a row has room, else the strip, and
     # the list alone where the strip is too long for a row and longer than the list.
+    room = width - (54 if len(result.weights) == 1 else 70)
     strip = len(_strip(layouts[0], result.space))
     listed = max(len(text.layers(layout)) for layout in layouts)
-    if strip + listed <= (46 if len(result.weights) == 1 else 30):
+    if strip + listed <= room:
         return True, True
-    return (True, False) if strip <= max(40, listed) else (False, True)
+    return (True, False) if strip <= max(room, listed) else (False, True)
 
 
 def _table(title: str) -> Table:

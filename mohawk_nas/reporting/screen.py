@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,7 +36,8 @@ __all__ = [
     "show_result",
 ]
 
-_OUT = Console()
+# A file or pipe has no width of its own; the tables want this much.
+_OUT = Console(width=None if sys.stdout.isatty() else 100)
 
 
 def reporter() -> ConsoleReporter:

@@ -138,7 +138,8 @@ class BankScorer:
         def on_layer(capture: LayerCapture) -> None:
             layer = capture.view.layer_idx
             for name in self.bank.candidates:
-                output = self.bank.mixer(layer, name)(capture.hidden)
+                mixer = self.bank.mixer(layer, name)
+                output = mixer(capture.hidden.to(mixer.dtype))
                 distance = relative_distance(output, capture.output)
                 parts.setdefault((layer, name), []).append(distance.cpu())
 

@@ -64,6 +64,11 @@ class Scores:
     @classmethod
     def read(cls, path: Path) -> Scores:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        if len(raw["layouts"]) != raw["possible"]:
+            raise DataError(
+                f"{path}: must hold all {raw['possible']:,} layouts on the budget, but has "
+                f"{len(raw['layouts']):,}"
+            )
         values = {tuple(row["layout"]): float(row["value"]) for row in raw["layouts"]}
         for layers, value in raw["probes"].items():
             values[tuple(int(layer) for layer in layers.split(",") if layer)] = float(value)

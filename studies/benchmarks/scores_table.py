@@ -1,7 +1,7 @@
 """Writes the scores of a finished search as a table that `replay.py` reads.
 
-Needs a run that scored every layout of its space, with the baselines `swap_one` and `greedy`, whose
-probes are then there:
+`replay.py` needs every layout of the space, and the baselines `swap_one` and `greedy`, whose probes
+are then there; a table of a part of the space only records what came out:
 
     mohawk-nas search studies/quickstart.yaml
     python studies/benchmarks/scores_table.py runs/quickstart
@@ -35,14 +35,16 @@ def main() -> None:
     space = load_space(config.space, num_layers=len(best.layout))
     budget = Budget(attention_layers=config.budget.attention_layers)
     result = load_result(config, space, budget, run_dir=run)
-    if not result.exhaustive or len(space.replacements) != 1:
-        raise RunError(f"{run}: must hold every layout of a space with one replacement")
+    if len(space.replacements) != 1:
+        raise RunError(f"{run}: must hold layouts of a space with one replacement")
     (objective,) = config.search.objective
     table = {
         "name": config.name,
         "num_layers": space.num_layers,
         "attention_layers": budget.attention_layers,
         "objective": objective,
+        "possible": result.num_possible,
+        "baselines": {name: list(x.attention_layers) for name, x in result.baselines.items()},
         "search_tokens": config.search.tokens,
         "bank_tokens": {"matrix": config.bank.matrix.tokens, "hidden": config.bank.hidden.tokens},
         "teacher_fingerprint": best.teacher_fingerprint,

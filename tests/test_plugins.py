@@ -1,0 +1,204 @@
+"""A user's mixer, from a file that the study names, takes part like a built-in one."""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_study import make_study
+
+from mohawk_nas.cli import main
+from mohawk_nas.config import dump, load_study
+from mohawk_nas.errors import RegistryError
+from mohawk_nas.mixer import MIXERS
+from mohawk_nas.pipeline import Workbench
+from mohawk_nas.registry import load_plugin
+from mohawk_nas.search.study import load_result
+from mohawk_nas.testing import MixerContract
+
+SOURCE = Path(__file__).with_name("moving_average.py")
+
+
+def forget():
+    """As in a process that has not read the plugin."""
+    MIXERS._items.pop("moving_average", None)
+    for name in [name for name in sys.modules if name.startswith("mohawk_nas_plugin_")]:
+        del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def unregistered(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    forget()
+    yield
+    forget()
+
+
+class TestContract(MixerContract):
+    @pytest.fixture(autouse=True)
+    def loaded(self, unregistered):
+        load_plugin(SOURCE)
+        # Six heads of four channels, as those of the layer under test.
+        type(self).config = MIXERS.get("moving_average")(num_heads=6)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("plugins")
+
+
+@pytest.fixture
+def write(shared, tmp_path):
+    """Write a study with the plugin beside it."""
+
+    def write_study(**candidates):
+        config = make_study(
+            shared,
+            f"output={tmp_path / 'runs'}",
+            f"bank.path={tmp_path / 'bank'}",
+            "bank.matrix={tokens: 128, batch_size: 4}",
+            "search.baselines=[first]",
+            space={"candidates": candidates},
+        )
+        raw = yaml.safe_load(dump(config)) | {"plugins": ["./moving_average.py"]}
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(raw))
+        shutil.copy(SOURCE, tmp_path / "moving_average.py")
+        return tmp_path / "study.yaml"
+
+    return write_study
+
+
+def call(capsys, *args):
+    # Each command is a process of its own.
+    forget()
+    with pytest.raises(SystemExit) as ended:
+        main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return ended.value.code, out, err
+
+
+MINE = {"mixer": "moving_average"}
+
+
+def test_it_is_searched_beside_a_built_in(write, tmp_path, capsys):
+    study = write(mamba2={"mixer": "mamba2", "chunk_size": 8}, mine=MINE)
+    code, out, err = call(capsys, "search", study, "search.trials=8")
+    assert code == 0, err
+    assert "M = mamba2, E = mine" in out
+
+    config = load_study(study)
+    assert config.plugins == [str(tmp_path / "moving_average.py")]
+    bench = Workbench(config)
+    result = load_result(config, bench.space, bench.budget, run_dir=config.run_dir)
+    assert len(result.trials) == 8
+    assert result.num_possible == 24
+    used = {name for trial in result.trials for name in trial.layout.candidates}
+    assert used == {"attention", "mamba2", "mine"}
+    for layer in range(4):
+        record = bench.bank.record(layer, "mine")
+        assert {entry["stage"] for entry in record["losses"]} == {"matrix", "hidden"}
+        assert re.fullmatch(r"MovingAverageConfig:\w{16}", record["identity"]["mixer"])
+
+
+def test_every_command_knows_it(write, tmp_path, capsys, monkeypatch):
+    checked = []
+
+    def check(folder, student, *, plugins):
+        checked.append(plugins)
+        return {}
+
+    # The check takes a process of its own, and is handed the plugins.
+    monkeypatch.setattr("mohawk_nas.export.folder.verify_export", check)
+    study, run = write(mine=MINE), tmp_path / "runs/tiny"
+    for command in (
+        ["validate", study],
+        ["search", study, "search.trials=2", "--dry-run"],
+        ["search", study, "search.trials=2"],
+        ["score", study, "search.trials=2", "--layout", "E A E A"],
+        ["distill", run],
+        ["export", run],
+        ["evaluate", run],
+        ["evaluate", run / "export"],
+        ["generate", run / "export", "--prompt", "hello", "--max-new-tokens", "3"],
+    ):
+        code, _, err = call(capsys, *command)
+        assert code == 0, err
+    assert checked == [[str(tmp_path / "moving_average.py")]]
+    best = yaml.safe_load((run / "best.yaml").read_text())
+    assert best["candidates"]["mine"]["mixer"] == "moving_average"
+
+
+@torch.no_grad()
+def test_an_export_needs_the_plugin_and_says_so(write, tmp_path):
+    from mohawk_nas.export import load_hybrid, save_hybrid
+    from mohawk_nas.export.hf import describe_candidates
+    from mohawk_nas.layout import Layout
+    from mohawk_nas.reporting import SILENT
+    from mohawk_nas.student import assemble
+
+    bench = Workbench(load_study(write(mine=MINE)))
+    layout = Layout.keeping([1], num_layers=4, replacement="mine")
+    bench.bank.train([(i, "mine") for i in layout.replaced_layers], reporter=SILENT)
+    student = assemble(bench.teacher, layout, bench.bank)
+    candidates = describe_candidates(bench.space.candidates)
+    save_hybrid(student, tmp_path / "export", layout=layout, candidates=candidates)
+    forget()
+    with pytest.raises(RegistryError, match="unknown mixer 'moving_average'; available: "):
+        load_hybrid(tmp_path / "export")
+    again = load_hybrid(tmp_path / "export", plugins=[str(SOURCE)])
+    tokens = torch.arange(20)[None]
+    assert torch.equal(
+        again(tokens, use_cache=False).logits, student(tokens, use_cache=False).logits
+    )
+
+
+def test_entries_follow_the_plugins_text(write, tmp_path):
+    def key():
+        forget()
+        bench = Workbench(load_study(tmp_path / "study.yaml"))
+        return bench.bank.key(2, "mine")
+
+    write(mine=MINE)
+    plugin = tmp_path / "moving_average.py"
+    before = key()
+    (tmp_path / "other").mkdir()
+    moved = tmp_path / "other/mixer.py"
+    shutil.copy(plugin, moved)
+    text = (tmp_path / "study.yaml").read_text()
+    (tmp_path / "study.yaml").write_text(text.replace("./moving_average.py", "./other/mixer.py"))
+    assert key() == before
+    # A change to the text may change what is trained.
+    changed = tmp_path / "changed.py"
+    changed.write_text(plugin.read_text().replace("0.0, 3.0", "0.0, 4.0"))
+    (tmp_path / "study.yaml").write_text(text.replace("./moving_average.py", "./changed.py"))
+    assert key() != before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 3}, r"layer 0: `d_model % num_heads == 0` must hold, but got .*d_model=32"),
+        ({"num_heads": 0}, r"space.candidates.mine: `num_heads >= 1` must hold, but got "),
+        ({"num_head": 4}, r"space.candidates.mine.num_head: unknown option. Did you mean 'num_he"),
+        ({"num_heads": "x"}, r"space.candidates.mine.num_heads: Value 'x' of type 'str' could no"),
+        ({"init": "attention"}, r"MovingAverage cannot start from attention; use init: random"),
+    ],
+)
+def test_its_options_are_checked_like_a_built_ins(options, message, write, capsys):
+    code, out, err = call(capsys, "validate", write(mine=MINE | options))
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert re.search(message, err)
+
+
+def test_a_plugin_that_fails_is_one_line(write, tmp_path, capsys):
+    study = write(mine=MINE)
+    (tmp_path / "moving_average.py").write_text("import nothing_of_that_name\n")
+    code, _, err = call(capsys, "validate", study)
+    assert code == 2
+    assert re.search(r"plugins: importing .*moving_average.py failed: ModuleNotFoundError: ", err)
+    assert "space.candidates.mine.mixer: unknown mixer 'moving_average'; available: " in err
