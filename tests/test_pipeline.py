@@ -10,9 +10,10 @@ import time
 import pytest
 import torch
 import yaml
-from tiny_study import make_study
+from tiny_study import ASSETS, make_study, make_text
 
 from mohawk_nas import pipeline
+from mohawk_nas.config import load_study
 from mohawk_nas.errors import RunError
 from mohawk_nas.evaluate import continue_text, evaluate, find_target
 from mohawk_nas.export.folder import export_folder
@@ -20,6 +21,7 @@ from mohawk_nas.layout import Layout
 from mohawk_nas.search.study import load_result
 
 KILLS = 10
+STUDIES = ASSETS.parent
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,56 @@ def test_force_sets_an_earlier_run_aside(tmp_path):
     pipeline.search(make_study(tmp_path), force=True)
     assert (tmp_path / "runs" / "tiny.old-1" / "best.yaml").is_file()
     assert first.best.layout in {Layout(t.layout.candidates) for t in first.trials}
+
+
+def test_a_bfloat16_teacher_goes_the_whole_way(tmp_path):
+    config = make_study(tmp_path, "teacher.dtype=bfloat16", "bank.matrix.tokens=128")
+    result, path = pipeline.search(config)
+    assert result.best.value > 0
+    distilled, folder = pipeline.distill(pipeline.load_best(path))
+    assert distilled.after.mean_kl <= distilled.before.mean_kl
+    _, found = export_folder(folder)
+    assert found["prefill and decode"] <= 1e-5
+
+
+def test_hybrid_phi_mamba_runs_on_a_shrunken_random_phi(tmp_path):
+    make_text(tmp_path / "text.jsonl")
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 4096,
+    }
+    config = load_study(
+        STUDIES / "hybrid_phi_mamba.yaml",
+        [
+            f"output={tmp_path / 'runs'}",
+            f"bank.path={tmp_path / 'bank'}",
+            f"data.cache={tmp_path / 'cache'}",
+            "teacher.random_weights=true",
+            f"teacher.overrides={json.dumps(small)}",
+            f"teacher.tokenizer={ASSETS / 'phi-tiny'}",
+            "teacher.device=cpu",
+            f"data.source={tmp_path / 'text.jsonl'}",
+            "data.subset=null",
+            "data.block_size=16",
+            "data.validation_tokens=64",
+            "data.test_tokens=64",
+            "bank.matrix={tokens: 256, batch_size: 4}",
+            "bank.hidden={tokens: 512, batch_size: 4}",
+            "search.tokens=64",
+            "search.trials=32",
+            "distill.hidden={tokens: 128, batch_size: 4}",
+            "distill.logits={tokens: 256, batch_size: 4}",
+        ],
+    )
+    result, path = pipeline.search(config)
+    assert len(result.trials) == 32 and not result.exhaustive
+    assert result.baselines["4,10,16,22"].attention_layers == (4, 10, 16, 22)
+    assert all(len(trial.layout.attention_layers) == 4 for trial in result.trials)
+    _, folder = pipeline.distill(pipeline.load_best(path))
+    export_folder(folder)
 
 
 def test_two_searches_of_one_run_are_kept_apart(tmp_path):
