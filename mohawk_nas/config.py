@@ -609,10 +609,13 @@ def _check(study: StudyConfig) -> list[str]:
         )
         need(stage.grad_clip > 0, f"{name}.grad_clip: must be above 0, but got {stage.grad_clip}")
         per_step = stage.batch_size * data.block_size
+        factors = "batch_size * data.block_size"
+        if isinstance(stage, LogitsConfig):
+            per_step, factors = per_step * stage.accumulate, f"{factors} * accumulate"
         need(
             stage.tokens == 0 or stage.tokens >= per_step,
-            f"{name}.tokens: must be 0 or at least one step of {per_step} tokens "
-            f"(batch_size * data.block_size), but got {stage.tokens}",
+            f"{name}.tokens: must be 0 or at least one step of {per_step} tokens ({factors}), but "
+            f"got {stage.tokens}",
         )
     need(
         study.bank.matrix.tokens + study.bank.hidden.tokens > 0,

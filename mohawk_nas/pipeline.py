@@ -291,6 +291,11 @@ def _distill(
     best: BestLayout, folder: Path, *, reporter: Reporter, force: bool
 ) -> tuple[LogitsResult, Path]:
     config = best.study.distill
+    if not best.layout.replaced_layers:
+        raise RunError(
+            f"{best.path}: its layout keeps attention in every layer, so there is nothing to "
+            "distil; lower budget.attention_layers and search again"
+        )
     settings = {"layout": list(best.layout.candidates), "distill": plain(config)}
     if not force:
         _check_distill_dir(folder, settings)

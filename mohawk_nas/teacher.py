@@ -563,6 +563,8 @@ def _unreadable(source: str, error: Exception) -> str:
             f"teacher.source: {source} is no local folder, and it could not be had from the hub: "
             f"{_line(error)}"
         )
+    if isinstance(error, ImportError):
+        return f"teacher.source: {source} needs a package that is not installed: {_line(error)}"
     return f"teacher.source: {source} cannot be read; it may be damaged: {_line(error)}"
 
 

@@ -236,12 +236,21 @@ STAGES = ["bank.matrix", "bank.hidden", "distill.matrix", "distill.hidden", "dis
                     "{0}.warmup: warmup + decay must lie within 0 and 1, but are 0.1 + -0.1",
                 ),
                 ("{0}.grad_clip=0", "{0}.grad_clip: must be above 0, but got 0.0"),
-                (
-                    "{0}.tokens=2047",
-                    "{0}.tokens: must be 0 or at least one step of 2048 tokens (batch_size * "
-                    "data.block_size), but got 2047",
-                ),
             ]
+        ),
+        *(
+            (
+                f"{stage}.tokens=2047",
+                f"{stage}.tokens: must be 0 or at least one step of 2048 tokens (batch_size * "
+                f"data.block_size{' * accumulate' if stage == 'distill.logits' else ''}), but got "
+                "2047",
+            )
+            for stage in STAGES
+        ),
+        (
+            "distill.logits.accumulate=49",
+            "distill.logits.tokens: must be 0 or at least one step of 100352 tokens (batch_size * "
+            "data.block_size * accumulate), but got 98304",
         ),
     ],
 )

@@ -260,6 +260,7 @@ def test_the_replay_of_a_table_tells_regrets(tmp_path, capsys, monkeypatch):
         "name": "made-up",
         "num_layers": 7,
         "attention_layers": 2,
+        "possible": 21,
         "objective": "kl",
         "layouts": [
             {"layout": list(x.attention_layers), "value": scorer.exact(x)}

@@ -8,6 +8,7 @@ soon as the teacher's layer has, and the result does not depend on what is train
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -214,6 +215,11 @@ def _update(
     job.loss_sum += value
     job.loss_count += 1
     finished = step + 1
+    if finished == steps and not math.isfinite(value):
+        raise TrainingError(
+            f"{job.name}: its loss must be a number when stage {stage.name} ends, but is {value}; "
+            f"lower the stage's lr (now {stage.config.lr})"
+        )
     # Powers of two keep the curve short whatever the budget is.
     if finished == steps or finished & step == 0:
         tokens = finished * capture.hidden.shape[0] * capture.hidden.shape[1]
