@@ -165,7 +165,8 @@ class Bank:
                     f"{self.path}: no bank entry for layer {layer}, {candidate}, made by this "
                     "teacher, recipe, text and seed; run the search first"
                 )
-            mixer = build_mixer(self.candidates[candidate], self.teacher.views[layer])
+            # Parts copied from the teacher come in its type.
+            mixer = build_mixer(self.candidates[candidate], self.teacher.views[layer]).float()
             mixer.load_state_dict(load_tensors(self._weights(self.key(*pair))))
             mixer.to(self.teacher.device).eval().requires_grad_(False)
             self._loaded[pair] = mixer

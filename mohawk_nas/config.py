@@ -208,7 +208,8 @@ class DistillConfig:
     """Full distillation of the chosen layout."""
 
     start: Literal["bank", "scratch"] = "bank"
-    """Continue the bank's candidates, or train them anew with the budgets below."""
+    """Continue the bank's candidates, or train them anew with the budgets below. A study may also
+    write ``from``, which Python cannot."""
     matrix: StageConfig = field(default_factory=StageConfig)
     """Stage 1, when starting from scratch."""
     hidden: StageConfig = field(default_factory=StageConfig)
@@ -379,6 +380,9 @@ def _normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
     search, space, data = (settings.get(name) for name in ("search", "space", "data"))
     if isinstance(search, dict) and isinstance(search.get("objective"), str):
         search["objective"] = {search["objective"]: 1.0}
+    distill = settings.get("distill")
+    if isinstance(distill, dict) and "from" in distill:
+        distill["start"] = distill.pop("from")
     if isinstance(space, str):
         settings["space"] = {"name": space}
     elif isinstance(space, dict) and isinstance(space.get("pinned"), dict):

@@ -15,10 +15,12 @@ from mohawk_nas.config import StudyConfig, study_from_dict
 from mohawk_nas.errors import BankError, RunError
 from mohawk_nas.export.hf import load_hybrid
 from mohawk_nas.files import DamagedFile, read_json
+from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import BlockFigures, evaluate_blocks, recall_probe
 from mohawk_nas.pipeline import Workbench, load_best
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.student import assemble
+from mohawk_nas.teacher import pick_device
 
 __all__ = ["Evaluation", "Target", "continue_text", "evaluate", "find_target"]
 
@@ -69,10 +71,10 @@ def find_target(path: str | Path) -> Target:
         raise RunError(
             f"{path}: must be an exported folder or a run's folder with a best.yaml, but is neither"
         )
-    model = folder / "distill" / "model"
+    model, result = folder / "distill" / "model", folder / "distill" / "result.json"
     return Target(
         study=load_best(best).study,
-        model=model if (model / "config.json").is_file() else None,
+        model=model if (model / "config.json").is_file() and result.is_file() else None,
         best=best,
     )
 
@@ -125,7 +127,7 @@ def continue_text(
     """
     bench = Workbench(target.study)
     if target.model is not None:
-        model = load_hybrid(target.model)
+        model = load_hybrid(target.model).to(pick_device(target.study.teacher.device))
         tokenizer = AutoTokenizer.from_pretrained(target.model)
     else:
         assert target.best is not None
@@ -151,15 +153,16 @@ def continue_text(
 
 def _models(target: Target, bench: Workbench) -> Iterator[tuple[str, Any]]:
     yield "teacher", bench.teacher.model
+    model = None
+    if target.model is not None:
+        model = load_hybrid(target.model, dtype=torch.float32).to(bench.teacher.device)
     if target.best is not None:
+        # A later search may have found another layout than the one that was distilled.
+        chosen = load_best(target.best).layout
+        layout = chosen if model is None else Layout(tuple(model.config.layout))
         try:
-            yield (
-                "undistilled student",
-                assemble(bench.teacher, load_best(target.best).layout, bench.bank),
-            )
+            yield "undistilled student", assemble(bench.teacher, layout, bench.bank)
         except BankError as e:
             bench.reporter.say(f"the undistilled student is left out: {e}")
-    if target.model is not None:
-        name = "export" if target.best is None else "distilled student"
-        model = load_hybrid(target.model, dtype=torch.float32).to(bench.teacher.device)
-        yield name, model
+    if model is not None:
+        yield ("export" if target.best is None else "distilled student"), model

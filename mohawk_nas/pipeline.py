@@ -7,32 +7,37 @@ A run's folder holds ``config.yaml`` (the resolved study), ``provenance.json``, 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import shutil
-import subprocess
-import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from filelock import FileLock, Timeout
 
-from mohawk_nas.bank import Bank, versions
-from mohawk_nas.config import BankConfig, StudyConfig, dump, flatten, plain, study_from_dict
+from mohawk_nas.bank import Bank
+from mohawk_nas.config import BankConfig, StudyConfig, plain, study_from_dict
 from mohawk_nas.data import TokenBlocks, load_blocks
 from mohawk_nas.distill.logits import LogitsResult, distill_logits
 from mohawk_nas.errors import ConfigError, LayoutError, RunError, TeacherError
 from mohawk_nas.export.hf import describe_candidates, save_hybrid
-from mohawk_nas.files import DamagedFile, atomic_folder, atomic_write, read_json, write_json
+from mohawk_nas.files import DamagedFile, atomic_folder, atomic_write, write_json
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.plan import find_problems
 from mohawk_nas.registry import load_plugin
 from mohawk_nas.reporting import SILENT, Reporter
+from mohawk_nas.runs import (
+    DISTILL_RECORD,
+    check_distill_dir,
+    check_identity,
+    check_run_dir,
+    claim_identity,
+    claim_run_dir,
+    only_one,
+    provenance,
+    set_aside,
+)
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.objectives import BankScorer, PerTrialScorer
 from mohawk_nas.search.result import Placement, StudyResult
@@ -42,27 +47,7 @@ from mohawk_nas.search.study import load_result, run_study
 from mohawk_nas.student import assemble
 from mohawk_nas.teacher import Teacher, load_teacher
 
-__all__ = ["BestLayout", "Workbench", "distill", "load_best", "score", "search", "set_aside"]
-
-# What may change between two runs of one study: it decides how long the study goes on and where it
-# runs, not what any layout scores. Distillation has a folder of its own.
-CHANGEABLE = (
-    "search.trials",
-    "search.batch_size",
-    "search.storage",
-    "teacher.device",
-    "data.cache",
-    "bank.path",
-    "bank.checkpoint_steps",
-    "output",
-)
-CHANGEABLE_SECTIONS = ("distill.",)
-
-
-RUN_RECORDS = ("config.yaml", "provenance.json")
-"""What a run's folder holds before anything has been run."""
-DISTILL_RECORD = "settings.json"
-"""What a distillation's folder holds before anything has been run."""
+__all__ = ["BestLayout", "Workbench", "distill", "load_best", "score", "search"]
 
 
 @dataclass
@@ -118,19 +103,18 @@ class Workbench:
             seed=self.config.seed,
         )
 
-    @property
-    def bank_pairs(self) -> list[tuple[int, str]]:
-        """Every (layer, candidate) that some layout of the space may need."""
-        allowed = {
-            i: [self.space.pinned[i]] if i in self.space.pinned else self.space.replacements
-            for i in range(self.space.num_layers)
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What every score of this study depends on beyond its settings."""
+        keys = [self.bank.key(*pair) for pair in self.space.replaceable]
+        return {
+            "teacher": self.teacher.fingerprint,
+            "type of the teacher's weights": str(self.teacher.model.dtype),
+            "text of the bank split": self.blocks["bank"].fingerprint,
+            "text of the search split": self.blocks["search"].fingerprint,
+            "text of the validation split": self.blocks["validation"].fingerprint,
+            "mixers or their training": hashlib.sha256("".join(keys).encode()).hexdigest()[:32],
         }
-        return [
-            (i, name)
-            for i, names in allowed.items()
-            for name in names
-            if name in self.bank.candidates
-        ]
 
     def scorer(self) -> BankScorer:
         """Scores layouts as ``search.evaluation`` says."""
@@ -140,6 +124,7 @@ class Workbench:
             self.teacher,
             self.bank,
             self.blocks["search"],
+            pairs=self.space.replaceable,
             weights=search.objective,
             batch_size=search.batch_size,
         )
@@ -183,8 +168,9 @@ def search(
 
 def _search(bench: Workbench) -> tuple[StudyResult, Path]:
     config, reporter = bench.config, bench.reporter
+    claim_identity(config.run_dir, bench.identity)
     if config.search.evaluation == "bank":
-        bench.bank.train(bench.bank_pairs, reporter=reporter)
+        bench.bank.train(bench.space.replaceable, reporter=reporter)
 
     def provenance(layout: Layout) -> Mapping[str, Any]:
         return {"bank": {str(i): bench.bank.key(i, layout[i]) for i in layout.replaced_layers}}
@@ -223,8 +209,9 @@ def score(
         raise RunError(
             f"{config.run_dir}: must hold a finished search, but holds none; run `search`"
         )
-    _check_run_dir(config)
+    check_run_dir(config)
     bench = Workbench(config, reporter)
+    check_identity(config.run_dir, bench.identity)
     try:
         layout = bench.space.parse(text)
     except LayoutError as e:
@@ -298,7 +285,7 @@ def _distill(
         )
     settings = {"layout": list(best.layout.candidates), "distill": plain(config)}
     if not force:
-        _check_distill_dir(folder, settings)
+        check_distill_dir(folder, settings)
     bench = Workbench(best.study, reporter)
     if bench.teacher.fingerprint != best.teacher_fingerprint:
         raise RunError(
@@ -311,6 +298,7 @@ def _distill(
         raise LayoutError(f"{best.path}: {e}") from e
     if force and folder.exists():
         set_aside(folder)
+    claim_identity(folder, {**bench.identity, "seed": best.study.seed})
     write_json(folder / DISTILL_RECORD, settings)
     train = _distill_blocks(bench)
     bank = _layer_bank(bench, best, folder / "bank", train)
@@ -333,6 +321,18 @@ def _distill(
         )
     except DamagedFile as e:
         raise RunError(f"{e}; use --force to set {folder} aside and start anew") from e
+    write_json(
+        folder / "result.json",
+        {
+            "layout": list(best.layout.candidates),
+            "scores": best.scores,
+            "validation_kl": {"before": result.before.mean_kl, "after": result.after.mean_kl},
+            "best_step": result.best_step,
+            "tokens": {"hidden": config.hidden.tokens, "logits": result.tokens},
+            "bank": {str(i): bank.key(i, name) for i, name in pairs},
+            "provenance": provenance(),
+        },
+    )
     with atomic_folder(folder / "model") as beside:
         save_hybrid(
             student,
@@ -341,17 +341,6 @@ def _distill(
             candidates=best.candidates,
             tokenizer=bench.teacher.tokenizer,
         )
-    write_json(
-        folder / "result.json",
-        {
-            "layout": list(best.layout.candidates),
-            "validation_kl": {"before": result.before.mean_kl, "after": result.after.mean_kl},
-            "best_step": result.best_step,
-            "tokens": {"hidden": config.hidden.tokens, "logits": result.tokens},
-            "bank": {str(i): bank.key(i, name) for i, name in pairs},
-            "provenance": provenance(),
-        },
-    )
     return result, folder
 
 
@@ -369,6 +358,11 @@ def _layer_bank(bench: Workbench, best: BestLayout, path: Path, train: TokenBloc
     pairs = [(i, best.layout[i]) for i in best.layout.replaced_layers]
     if not scratch:
         # Usually all there; a bank that was deleted is made again.
+        if missing := bench.bank.missing(pairs):
+            bench.reporter.say(
+                f"{len(missing)} of {len(pairs)} bank entries are not in {bench.bank.path}; they "
+                "are trained again"
+            )
         bench.bank.train(pairs, reporter=bench.reporter)
         if not config.hidden.tokens:
             return bench.bank
@@ -388,158 +382,6 @@ def _layer_bank(bench: Workbench, best: BestLayout, path: Path, train: TokenBloc
     )
     bank.train(pairs, reporter=bench.reporter)
     return bank
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Keep a second process out of a run's folder while one works in it.
-
-    The system releases the lock when the process ends, however it ends.
-
-    Raises:
-        RunError: Another process works there.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as e:
-        raise RunError(
-            f"{folder}: must be worked on by one process at a time, but another is at it; wait for "
-            "it, or give this study another name"
-        ) from e
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def claim_run_dir(config: StudyConfig, *, force: bool) -> None:
-    """Make the run's folder this study's, or make sure that it is.
-
-    Raises:
-        RunError: It holds something else, or the study has changed in a way that would mix results.
-    """
-    folder = config.run_dir
-    if not force:
-        _check_run_dir(config)
-    elif folder.exists():
-        set_aside(folder)
-    with atomic_write(folder / RUN_RECORDS[0]) as beside:
-        beside.write_text(dump(config), encoding="utf-8")
-    write_json(folder / RUN_RECORDS[1], provenance())
-
-
-def _check_run_dir(config: StudyConfig) -> None:
-    folder, record = config.run_dir, config.run_dir / RUN_RECORDS[0]
-    if _holds_nothing_but(folder, RUN_RECORDS):
-        # Nothing was run with the settings that are there, so any may change.
-        return
-    if record.is_file():
-        try:
-            raw = yaml.safe_load(record.read_text(encoding="utf-8"))
-            old = flatten(study_from_dict(raw if isinstance(raw, dict) else {}))
-        except (ConfigError, ValueError, yaml.YAMLError) as e:
-            reason = " ".join(str(e).split())
-            raise RunError(
-                f"{record}: cannot be read back ({reason}); use --force to set the run aside and "
-                "start anew"
-            ) from e
-        new = flatten(config)
-        changed = [
-            name
-            for name in sorted({*old, *new})
-            if old.get(name) != new.get(name)
-            and name not in CHANGEABLE
-            and not name.startswith(CHANGEABLE_SECTIONS)
-        ]
-        if changed:
-            shown = "; ".join(f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in changed)
-            raise RunError(
-                f"{folder}: was begun with other settings ({shown}). Only "
-                f"{', '.join(CHANGEABLE)} and distill may change; give the study another name, or "
-                "use --force to set the old run aside"
-            )
-    else:
-        raise RunError(
-            f"{folder}: must be empty or hold an earlier run of this study, but holds "
-            f"{_some_names(folder)}; choose another `name` or `output`"
-        )
-
-
-def _check_distill_dir(folder: Path, settings: dict[str, Any]) -> None:
-    record = folder / DISTILL_RECORD
-    if _holds_nothing_but(folder, [DISTILL_RECORD]):
-        return
-    if record.is_file():
-        try:
-            old = read_json(record)
-        except DamagedFile as e:
-            raise RunError(f"{e}; use --force to set {folder} aside and start anew") from e
-        if old != settings:
-            changed = _changed_keys(old, settings)
-            raise RunError(
-                f"{folder}: holds a distillation with other settings ({', '.join(changed)}); use "
-                "--force to set it aside and start anew"
-            )
-    else:
-        raise RunError(
-            f"{folder}: must be empty or hold an earlier distillation, but holds "
-            f"{_some_names(folder)}; use --force to set it aside"
-        )
-
-
-def _holds_nothing_but(folder: Path, names: Collection[str]) -> bool:
-    # A write that was killed leaves its temporary file.
-    return not folder.exists() or all(
-        path.name in names or path.name.endswith(".tmp") for path in folder.iterdir()
-    )
-
-
-def _some_names(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return [] if old == new else [prefix.rstrip(".")]
-    keys = sorted({*old, *new})
-    return [k for key in keys for k in _changed_keys(old.get(key), new.get(key), f"{prefix}{key}.")]
-
-
-def set_aside(folder: Path) -> None:
-    """Rename a folder to a free name beside it, so that nothing in it is lost."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    folder.rename(aside)
-
-
-def provenance() -> dict[str, Any]:
-    """What a result was made with: command, versions, commit, device, time."""
-    return {
-        "command": " ".join(sys.argv),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git_commit": _git_commit(),
-        "versions": versions() | {"python": sys.version.split()[0]},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _git_commit() -> str | None:
-    """Commit of this package's checkout, with ``+changes`` if files differ from it."""
-    here, git = Path(__file__).parent, shutil.which("git")
-    if git is None:
-        return None
-
-    def ask(*arguments: str) -> str | None:
-        done = subprocess.run([git, "-C", str(here), *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = ask("rev-parse", "HEAD")
-    return commit and commit + ("+changes" if ask("status", "--porcelain", "-uno") else "")
 
 
 def _write_best(path: Path, bench: Workbench, result: StudyResult) -> None:
@@ -565,8 +407,18 @@ def _write_best(path: Path, bench: Workbench, result: StudyResult) -> None:
         },
         "bank": best.provenance.get("bank", {}),
         "provenance": provenance(),
-        "study": plain(bench.config),
+        "study": plain(_anchored(bench.config)),
     }
     text = "# Written by `mohawk-nas search`; `mohawk-nas distill` takes it from here.\n"
     with atomic_write(path) as beside:
         beside.write_text(text + yaml.safe_dump(content, sort_keys=False, width=100), "utf-8")
+
+
+def _anchored(config: StudyConfig) -> StudyConfig:
+    """The study with its folders made absolute, so that it means the same from any folder."""
+    return dataclasses.replace(
+        config,
+        output=str(Path(config.output).resolve()),
+        bank=dataclasses.replace(config.bank, path=str(Path(config.bank.path).resolve())),
+        data=dataclasses.replace(config.data, cache=str(Path(config.data.cache).resolve())),
+    )

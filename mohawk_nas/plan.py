@@ -161,12 +161,7 @@ def make_plan(config: StudyConfig) -> Plan:
     plan = plan_search(config.search, space, budget)
     view, length = teacher.views[0], config.data.block_size
     params = {name: space.candidates[name].num_params(view) for name in space.replacements}
-    free = [i for i in range(space.num_layers) if space.pinned.get(i) not in ("attention",)]
-    entries = [
-        name
-        for i in free
-        for name in ([space.pinned[i]] if i in space.pinned else space.replacements)
-    ]
+    entries = [name for _, name in space.replaceable]
     device = pick_device(config.teacher.device)
     dtype = config.teacher.dtype
     if dtype == "auto":
@@ -193,7 +188,7 @@ def make_plan(config: StudyConfig) -> Plan:
         "bank, stage 2": bank.hidden.tokens * (forward + 3 * mixers),
         "search": (plan.trials + sum(plan.probes.values()))
         * config.search.tokens
-        * (forward + 2 * head),
+        * (forward + head),
     }
     logits = config.distill.logits
     entry_params = sum(params[name] for name in entries)

@@ -372,12 +372,15 @@ def load_architecture(config: TeacherConfig) -> Any:
     Raises:
         TeacherError: It cannot be found or read.
     """
-    where = config.architecture or config.source
+    # What stands in for a model that is not here must not speak for one that is.
+    is_here = Path(config.source).exists() or config.source.startswith("package:")
+    stands_in = config.architecture and (config.random_weights or not is_here)
+    where = config.architecture if config.architecture and stands_in else config.source
     gguf = _gguf_path(where)
     try:
         if gguf is not None:
             found = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        elif config.architecture and Path(where).is_file():
+        elif stands_in and Path(where).is_file():
             found = AutoConfig.for_model(**json.loads(Path(where).read_text(encoding="utf-8")))
         else:
             _check_folder(where)
@@ -573,14 +576,28 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
+_FUNCTION = (
+    "model_type",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "layer_norm_eps",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+)
+
+
 def _fingerprint(model: Any) -> str:
     # Names, shapes and up to 1,024 evenly spaced values of each weight: different weights differ
     # there, and a model of many gigabytes is read in a moment.
     digest = hashlib.sha256(type(model).__name__.encode())
-    settings = model.config.to_diff_dict()
-    volatile = ("transformers_version", "_name_or_path", "dtype", "architectures", "use_cache")
-    kept = {k: v for k, v in settings.items() if k not in volatile}
-    digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    # Of the configuration only what changes the function: which of the rest is written, and under
+    # which name, differs from one release of transformers to the next.
+    config = model.config.get_text_config()
+    settings = {name: getattr(config, name, None) for name in _FUNCTION}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         flat = tensor.detach().flatten()

@@ -13,6 +13,7 @@ B batch, T tokens, H heads, P head width, D model width.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -91,6 +92,16 @@ class MixerContract:
     """Settings of that model, over those of :data:`SIZES`."""
     tolerance: ClassVar[float] = 2e-5
     """Largest error in float32, relative to the largest value."""
+    long_length: ClassVar[int] = 1537
+    """Tokens of the long sequence, on which a mixer's errors add up if they can."""
+
+    def long_memory(self, mixer: Mixer) -> None:
+        """Bring a mixer into the regime where it forgets least, for the long sequence.
+
+        A mixer that forgets quickly after :func:`perturb` does on a long sequence only what it
+        does on a short one. Where decays decide how long it remembers, move them close to 1. Not
+        overridden, nothing is done, and the long sequence is tested once.
+        """
 
     def view(self, *, meta: bool = False, **sizes: Any) -> AttentionView:
         """The layer under test."""
@@ -258,6 +269,88 @@ class MixerContract:
         assert bool(torch.isfinite(hidden.grad).all())
         assert bool(hidden.grad[real].any(-1).all()), "a token's input has no gradient"
         assert not hidden.grad[~real].any(), "padding has a gradient"
+
+    @pytest.mark.parametrize(
+        "lengths", [[1, 1], [17, 17, 17], [17, 12, 3], [67, 67], [67, 30]], ids=str
+    )
+    def test_gradients_are_those_of_the_matrix(self, lengths: list[int]) -> None:
+        mixer, total = self.mixer(), max(lengths)
+        mask = _left_padding(lengths, total)
+        given = None if bool(mask.all()) else mask
+        hidden = self.hidden(len(lengths), total).requires_grad_()
+        direction = torch.randn(hidden.shape, generator=_generator(2))
+        wanted = {"the input": hidden, **dict(mixer.named_parameters())}
+
+        def gradients(output: Tensor) -> dict[str, Tensor]:
+            loss = (output * direction)[mask].sum()
+            found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+            # What has no influence may have no gradient, or zero.
+            return {
+                name: torch.zeros_like(tensor) if gradient is None else gradient
+                for (name, tensor), gradient in zip(wanted.items(), found, strict=True)
+            }
+
+        actual = gradients(mixer(hidden, mask=given))
+        matrix = mixer.mixing_matrix(hidden, mask=given)
+        expected = gradients(mixer.readout(matrix @ mixer.values(hidden, mask=given), hidden))
+        # Gradients that cancel, as those of a key's bias do, are left with the others' noise.
+        noise = 1e-6 * max(gradient.abs().max().item() for gradient in expected.values())
+        for name, gradient in actual.items():
+            error = (gradient - expected[name]).abs().max().item()
+            allowed = 1e-4 * expected[name].abs().max().item() + noise
+            assert error <= allowed, (
+                f"{name}: gradients differ by {error:.3g}, and {allowed:.3g} is allowed"
+            )
+
+    def test_gradients_are_slopes(self) -> None:
+        # Forward and matrix may share code, and with it a wrong gradient.
+        mixer, hidden = self.mixer(), self.hidden(2, 9).requires_grad_()
+        direction = torch.randn(hidden.shape, generator=_generator(2))
+        wanted = {"the input": hidden, **dict(mixer.named_parameters())}
+
+        def loss() -> Tensor:
+            return (mixer(hidden).double() * direction).sum()
+
+        found = torch.autograd.grad(loss(), list(wanted.values()), allow_unused=True)
+        lengths = [0.0 if gradient is None else gradient.norm().item() for gradient in found]
+        for (name, tensor), gradient, length in zip(wanted.items(), found, lengths, strict=True):
+            # A slope this small is lost in float32.
+            if gradient is None or length < 1e-3 * max(lengths):
+                continue
+            step, losses = 1e-2, []
+            with torch.no_grad():
+                before = tensor.clone()
+                for sign in (1, -1):
+                    tensor.copy_(before + sign * step * gradient / length)
+                    losses.append(loss().item())
+                tensor.copy_(before)
+            slope = (losses[0] - losses[1]) / (2 * step)
+            assert abs(slope - length) <= 0.03 * length, (
+                f"{name}: the output rises by {slope:.3g} where the gradient says {length:.3g}"
+            )
+
+    @pytest.mark.parametrize("far", [False, True], ids=["as it is", "long memory"])
+    @torch.no_grad()
+    def test_a_long_sequence(self, far: bool) -> None:
+        mixer, hidden = self.mixer(), self.hidden(1, self.long_length)
+        if far:
+            if type(self).long_memory is MixerContract.long_memory:
+                pytest.skip("long_memory is not overridden, so there is no such regime")
+            self.long_memory(mixer)
+        expected = mixer(hidden)
+        assert bool(torch.isfinite(expected).all())
+        # Odd pieces: the mixer's own chunks begin and end within them.
+        state, outputs, start = mixer.new_state(), [], 0
+        for size in itertools.cycle([1, 101, 7, 37, 211, 3, 65]):
+            piece = hidden[:, start : start + size].contiguous()
+            outputs.append(mixer(piece, cache=state))
+            start += piece.shape[1]
+            if start == self.long_length:
+                break
+        assert state.get_seq_length() == self.long_length
+        self.close(torch.cat(outputs, dim=1), expected)
+        mixed = mixer.mixing_matrix(hidden) @ mixer.values(hidden)
+        self.close(mixer.readout(mixed, hidden), expected)
 
     def test_num_params_is_what_is_built(self) -> None:
         view = self.view(meta=True)

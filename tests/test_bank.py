@@ -7,8 +7,11 @@ from tiny_study import make_study
 
 from mohawk_nas.bank import Bank
 from mohawk_nas.errors import BankError, TrainingError
+from mohawk_nas.mixer import mixer_config
 from mohawk_nas.pipeline import Workbench
 from mohawk_nas.reporting import SILENT
+from mohawk_nas.teacher import Teacher
+from mohawk_nas.testing import tiny_model
 
 BOTH = ("bank.matrix.tokens=192", "bank.matrix.batch_size=4")
 
@@ -56,8 +59,8 @@ def kill_after(bank, monkeypatch, saves):
 
 def test_losses_fall_in_both_stages(bench):
     work = bench("bank.hidden.tokens=4096", "bank.matrix.tokens=2048")
-    work.bank.train(work.bank_pairs, reporter=SILENT)
-    for layer, name in work.bank_pairs:
+    work.bank.train(work.space.replaceable, reporter=SILENT)
+    for layer, name in work.space.replaceable:
         losses = work.bank.record(layer, name)["losses"]
         for stage in ("matrix", "hidden"):
             curve = [entry["loss"] for entry in losses if entry["stage"] == stage]
@@ -70,7 +73,7 @@ def test_an_entry_does_not_depend_on_its_company(bench):
         "wide": {"mixer": "mamba2", "d_conv": 2},
     }
     together = bench(f"space.candidates={json.dumps(wide)}", bank="together")
-    together.bank.train(together.bank_pairs, reporter=SILENT)
+    together.bank.train(together.space.replaceable, reporter=SILENT)
     alone = bench(bank="alone")
     alone.bank.train([(2, "mamba2")], reporter=SILENT)
     assert together.bank.key(2, "mamba2") == alone.bank.key(2, "mamba2")
@@ -82,14 +85,14 @@ def test_an_entry_does_not_depend_on_its_company(bench):
 @pytest.mark.parametrize("saves", [0, 2, 4, 9, 17])
 def test_a_killed_run_ends_as_an_unbroken_one(bench, monkeypatch, saves):
     whole = bench(bank="whole")
-    whole.bank.train(whole.bank_pairs, reporter=SILENT)
+    whole.bank.train(whole.space.replaceable, reporter=SILENT)
     broken = bench(bank="broken")
     kill_after(broken.bank, monkeypatch, saves)
     with pytest.raises(Killed):
-        broken.bank.train(broken.bank_pairs, reporter=SILENT)
+        broken.bank.train(broken.space.replaceable, reporter=SILENT)
     again = bench(bank="broken")
-    again.bank.train(again.bank_pairs, reporter=SILENT)
-    for layer, name in whole.bank_pairs:
+    again.bank.train(again.space.replaceable, reporter=SILENT)
+    for layer, name in whole.space.replaceable:
         assert_equal(weights(whole.bank, layer), weights(again.bank, layer))
         assert whole.bank.record(layer, name)["losses"] == again.bank.record(layer, name)["losses"]
     assert not list(again.bank.path.glob("*.partial.*"))
@@ -97,14 +100,14 @@ def test_a_killed_run_ends_as_an_unbroken_one(bench, monkeypatch, saves):
 
 def test_what_is_there_is_not_trained_again(bench, monkeypatch):
     work = bench()
-    work.bank.train(work.bank_pairs, reporter=SILENT)
+    work.bank.train(work.space.replaceable, reporter=SILENT)
     again = bench()
 
     def never(*args, **kwargs):
         raise AssertionError("trained again")
 
     monkeypatch.setattr("mohawk_nas.bank.train_layers", never)
-    again.bank.train(again.bank_pairs, reporter=SILENT)
+    again.bank.train(again.space.replaceable, reporter=SILENT)
     assert_equal(weights(work.bank, 1), weights(again.bank, 1))
 
 
@@ -158,14 +161,36 @@ def test_a_damaged_partial_file_starts_anew(bench, monkeypatch, caplog):
     work = bench()
     kill_after(work.bank, monkeypatch, 4)
     with pytest.raises(Killed):
-        work.bank.train(work.bank_pairs, reporter=SILENT)
+        work.bank.train(work.space.replaceable, reporter=SILENT)
     partial = next(work.bank.path.glob("*.partial.safetensors"))
     partial.write_bytes(partial.read_bytes()[:100])
     again = bench()
     with caplog.at_level(logging.WARNING):
-        again.bank.train(again.bank_pairs, reporter=SILENT)
+        again.bank.train(again.space.replaceable, reporter=SILENT)
     assert "it starts anew" in caplog.text
-    assert not again.bank.missing(again.bank_pairs)
+    assert not again.bank.missing(again.space.replaceable)
+
+
+def test_parts_copied_from_a_bfloat16_teacher_keep_their_trained_values(tmp_path, bench):
+    work = bench()
+    teacher = Teacher(
+        tiny_model("qwen3", vocab_size=4096).to(torch.bfloat16), work.teacher.tokenizer
+    )
+
+    def make():
+        return Bank(
+            tmp_path / "norms",
+            teacher=teacher,
+            candidates={"mamba2": mixer_config({"mixer": "mamba2"})},
+            recipe=work.config.bank,
+            blocks=work.blocks["bank"],
+            seed=0,
+        )
+
+    trained, loaded = make(), make()
+    trained.train([(0, "mamba2")], reporter=SILENT)
+    assert trained.mixer(0, "mamba2").c_norm is not None
+    assert_equal(weights(trained, 0), weights(loaded, 0))
 
 
 def test_a_bank_can_continue_another(bench, tmp_path):

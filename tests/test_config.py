@@ -460,3 +460,7 @@ def test_configurations_are_frozen():
     with pytest.raises(TypeError, match="positional"):
         StageConfig(5)
     assert StudyConfig.__dataclass_params__.frozen
+
+
+def test_distill_from_is_its_start():
+    assert study(distill={"from": "scratch"}).distill.start == "scratch"

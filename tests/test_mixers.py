@@ -45,55 +45,64 @@ def view_of(family, **sizes):
     return tiny_view(settings.pop("arch"), **settings)
 
 
-class TestMamba2(MixerContract):
+class Mamba2Contract(MixerContract):
+    @torch.no_grad()
+    def long_memory(self, mixer):
+        """Every alpha within 1e-4 of 1, whatever the input is."""
+        heads = slice(-mixer.num_heads, None)
+        mixer.in_proj.weight[heads] *= 0.01
+        mixer.in_proj.bias[heads] = torch.linspace(1e-5, 8e-5, mixer.num_heads).log()
+
+
+class TestMamba2(Mamba2Contract):
     config = mamba2()
 
 
-class TestMamba2ShortChunks(MixerContract):
+class TestMamba2ShortChunks(Mamba2Contract):
     config = mamba2(chunk_size=5)
 
 
-class TestMamba2SingleTokenChunks(MixerContract):
+class TestMamba2SingleTokenChunks(Mamba2Contract):
     config = mamba2(chunk_size=1)
 
 
-class TestMamba2WithoutConvolution(MixerContract):
+class TestMamba2WithoutConvolution(Mamba2Contract):
     config = mamba2(d_conv=1)
 
 
-class TestMamba2WideConvolution(MixerContract):
+class TestMamba2WideConvolution(Mamba2Contract):
     config = mamba2(d_conv=7, chunk_size=4)
 
 
-class TestMamba2Random(MixerContract):
+class TestMamba2Random(Mamba2Contract):
     config = mamba2(init="random")
 
 
-class TestMamba2FewWideHeads(MixerContract):
+class TestMamba2FewWideHeads(Mamba2Contract):
     config = mamba2(init="random", num_heads=3, d_state=5)
 
 
-class TestMamba2ManyNarrowHeads(MixerContract):
+class TestMamba2ManyNarrowHeads(Mamba2Contract):
     config = mamba2(init="random", num_heads=12, d_state=7, d_conv=2)
 
 
-class TestMamba2Phi(MixerContract):
+class TestMamba2Phi(Mamba2Contract):
     config = mamba2()
     arch = "phi"
 
 
-class TestMamba2Qwen3(MixerContract):
+class TestMamba2Qwen3(Mamba2Contract):
     config = mamba2()
     arch = "qwen3"
     sizes = FAMILIES["qwen3"]
 
 
-class TestMamba2Olmo2(MixerContract):
+class TestMamba2Olmo2(Mamba2Contract):
     config = mamba2()
     arch = "olmo2"
 
 
-class TestMamba2Gemma3(MixerContract):
+class TestMamba2Gemma3(Mamba2Contract):
     config = mamba2()
     arch = "gemma3_text"
 
@@ -205,6 +214,15 @@ def test_mamba2_matrix_is_the_definition():
             entry = (c[:, :, i] * b[:, :, j]).sum(-1) * log_decay[:, :, j + 1 : i + 1].sum(-1).exp()
             entry = entry + (mixer.D if i == j else 0)
             torch.testing.assert_close(matrix[:, :, i, j], entry)
+
+
+@torch.no_grad()
+def test_mamba2_is_tested_with_decays_close_to_one():
+    for contract in (TestMamba2(), TestMamba2Random()):
+        mixer, hidden = contract.mixer(), contract.hidden(1, contract.long_length)
+        contract.long_memory(mixer)
+        forgotten = -mixer.factors(hidden).log_decay.expm1()
+        assert forgotten.min() > 0 and forgotten.max() < 1e-4
 
 
 def test_mamba2_pairs_heads_evenly():
@@ -367,7 +385,7 @@ def test_mamba2_costs_do_not_depend_on_the_context():
 
 @dataclass(frozen=True, kw_only=True)
 class ToyConfig(MixerConfig):
-    """A running mean with a fixed decay; ``fault`` breaks it in one way."""
+    """A running sum with a fixed decay; ``fault`` breaks it in one way."""
 
     symbol = "T"
     fault: str = ""
@@ -389,6 +407,7 @@ class ToyMixer(Mixer):
     def __init__(self, config, view):
         super().__init__()
         self.fault = config.fault
+        self.decay = 0.5
         self.num_heads = 2
         self.value = nn.Linear(view.d_model, view.d_model)
         self.out = nn.Linear(view.d_model, view.d_model)
@@ -400,6 +419,8 @@ class ToyMixer(Mixer):
 
     def values(self, hidden, *, mask=None):
         values = self.value(hidden)
+        if self.fault == "scaled_gradient_everywhere":
+            values = scaled_gradient(values)
         if mask is not None and self.fault != "padding":
             values = values * mask[..., None]
         return values.unflatten(-1, (2, -1)).transpose(1, 2)
@@ -411,7 +432,7 @@ class ToyMixer(Mixer):
 
     def mixing_matrix(self, hidden, *, mask=None):
         i = torch.arange(hidden.shape[1])
-        decay = 0.5 ** (i[:, None] - i).clamp_min(0).float()
+        decay = self.decay ** (i[:, None] - i).clamp_min(0).float()
         decay = decay if self.fault == "matrix" else decay.tril()
         return decay.expand(len(hidden), 2, -1, -1)
 
@@ -421,14 +442,26 @@ class ToyMixer(Mixer):
             values = values.flip(1)
         if self.fault == "detached":
             values = values.detach() + 0 * self.value(hidden).sum()
+        if self.fault == "scaled_gradient":
+            values = scaled_gradient(values)
+        if self.fault == "scaled_input_gradient":
+            values = self.values(scaled_gradient(hidden), mask=mask)
         state = torch.zeros_like(values[:, :, 0])
         if cache is not None and "mean" in cache.tensors:
             state = cache.tensors["mean"]
+        if self.fault == "drift":
+            # Too little to be seen while the rest is soon forgotten.
+            state = state * (1 - 1e-5)
+        decay = min(self.decay, 1 - 2e-4) if self.fault == "forgets" else self.decay
         outputs = []
         for t in range(hidden.shape[1]):
-            state = 0.5 * state + values[:, :, t]
+            state = decay * state + values[:, :, t]
             outputs.append(state)
         mixed = torch.stack(outputs, dim=2)
+        if self.fault == "overflow" and cache is None:
+            # One product for the whole length, as in a scan without chunks.
+            total = decay ** torch.arange(hidden.shape[1])[:, None]
+            mixed = total * (values / total).cumsum(2)
         if self.fault == "not_causal":
             mixed = mixed + 1e-3 * values.mean(2, keepdim=True)
         if cache is not None:
@@ -444,15 +477,25 @@ class ToyMixer(Mixer):
         return UnorderedState() if self.fault == "reorder" else MixerState()
 
 
+def scaled_gradient(tensor, factor=3):
+    """The tensor itself, with a gradient that is wrong."""
+    return tensor + (factor - 1) * (tensor - tensor.detach())
+
+
 class UnorderedState(MixerState):
     def batch_select_indices(self, indices):
         """Forgets to."""
 
 
+class ToyContract(MixerContract):
+    def long_memory(self, mixer):
+        mixer.decay = 1 - 1e-5
+
+
 def failures(config, only=None):
     """Names of the contract's tests that this mixer fails."""
     found = set()
-    contract = type("Contract", (MixerContract,), {"config": config})()
+    contract = type("Contract", (ToyContract,), {"config": config})()
     for name in dir(contract):
         if not name.startswith("test_") or (only and name not in only):
             continue
@@ -492,6 +535,12 @@ def test_contract_passes_a_sound_mixer():
         ("detached", "test_gradients_reach_everything"),
         ("seed", "test_seed_decides"),
         ("shares_teacher", "test_the_teacher_is_left_alone"),
+        ("scaled_gradient", "test_gradients_are_those_of_the_matrix"),
+        ("scaled_input_gradient", "test_gradients_are_those_of_the_matrix"),
+        ("scaled_gradient_everywhere", "test_gradients_are_slopes"),
+        ("drift", "test_a_long_sequence"),
+        ("forgets", "test_a_long_sequence"),
+        ("overflow", "test_a_long_sequence"),
     ],
 )
 def test_contract_catches(fault, caught_by):
@@ -499,6 +548,23 @@ def test_contract_catches(fault, caught_by):
         # Values and readout are flipped alike, so forward is right and its parts are not.
         assert not failures(ToyConfig(init="random", fault=fault), only={"test_causality"})
     assert failures(ToyConfig(init="random", fault=fault), only={caught_by}) == {caught_by}
+
+
+@pytest.mark.parametrize(
+    ("fault", "caught_by"),
+    [
+        (
+            "scaled_gradient",
+            {"test_gradients_are_those_of_the_matrix", "test_gradients_are_slopes"},
+        ),
+        ("scaled_gradient_everywhere", {"test_gradients_are_slopes"}),
+        ("drift", {"test_a_long_sequence"}),
+        ("forgets", {"test_a_long_sequence"}),
+        ("overflow", {"test_a_long_sequence"}),
+    ],
+)
+def test_nothing_else_in_the_contract_catches(fault, caught_by):
+    assert failures(ToyConfig(init="random", fault=fault)) == caught_by
 
 
 def test_contract_wants_a_start_from_attention_where_it_is_asked_for():

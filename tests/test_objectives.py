@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bench(folder):
     work = Workbench(make_study(folder, ALL))
-    work.bank.train(work.bank_pairs, reporter=SILENT)
+    work.bank.train(work.space.replaceable, reporter=SILENT)
     return work
 
 

@@ -4,15 +4,16 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 
 import pytest
 import torch
 import yaml
-from tiny_study import ASSETS, make_study, make_text
+from tiny_study import ASSETS, make_study, make_teacher, make_text
 
-from mohawk_nas import pipeline
+from mohawk_nas import pipeline, runs
 from mohawk_nas.config import load_study
 from mohawk_nas.errors import RunError
 from mohawk_nas.evaluate import continue_text, evaluate, find_target
@@ -202,10 +203,80 @@ def test_hybrid_phi_mamba_runs_on_a_shrunken_random_phi(tmp_path):
     export_folder(folder)
 
 
+@pytest.mark.parametrize(
+    ("pinned", "candidates"),
+    [
+        ({0: "attention"}, {"mamba2": {"mixer": "mamba2"}}),
+        ({1: "wide"}, {"mamba2": {"mixer": "mamba2"}, "wide": {"mixer": "mamba2", "d_conv": 2}}),
+    ],
+)
+def test_pinned_layers_are_trained_and_scored_as_pinned(tmp_path, pinned, candidates):
+    space = {"pinned": pinned, "candidates": candidates}
+    result, _ = pipeline.search(make_study(tmp_path, "search.trials=4", space=space))
+    for trial in result.trials:
+        for layer, name in pinned.items():
+            assert trial.layout[layer] == name
+    assert len(list((tmp_path / "bank").glob("*.json"))) == sum(
+        1 if layer in pinned else len(candidates)
+        for layer in range(4)
+        if pinned.get(layer) != "attention"
+    )
+
+
+def test_a_teacher_replaced_in_place_is_noticed(tmp_path):
+    pipeline.search(make_study(tmp_path, "search.trials=2", "search.baselines=[first]"))
+    make_teacher(tmp_path / "teacher", seed=1)
+    with pytest.raises(RunError, match="was begun with another teacher and another mixers or"):
+        pipeline.search(make_study(tmp_path, "search.trials=4", "search.baselines=[first]"))
+    with pytest.raises(RunError, match="was begun with another teacher"):
+        pipeline.score(make_study(tmp_path, "search.baselines=[first]"), "0,1")
+
+
+@pytest.mark.parametrize(
+    "change", ["seed=3", "data.validation_tokens=64", "bank.hidden.lr=1e-4", "data.block_size=32"]
+)
+def test_a_distillation_does_not_continue_on_other_ground(searched, distilled, change):
+    before = {p: p.read_bytes() for p in distilled[1].glob("*.safetensors")}
+    best = pipeline.load_best(searched[1], [change])
+    with pytest.raises(RunError, match="was begun with another"):
+        pipeline.distill(best)
+    assert before == {p: p.read_bytes() for p in distilled[1].glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_exports_in_half_precision_pass_their_check(distilled, tmp_path, dtype):
+    out, found = export_folder(distilled[1], tmp_path / "out", dtype=dtype)
+    assert found["reloaded logits"] <= 1e-5
+    assert json.loads((out / "config.json").read_text())["dtype"] == dtype
+
+
+def test_evaluation_follows_the_layout_that_was_distilled(searched, distilled, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(searched[1].parent, copy)
+    raw = yaml.safe_load((copy / "best.yaml").read_text(encoding="utf-8"))
+    other = next(t for t in searched[0].ranking if t.layout != searched[0].best.layout)
+    raw["layout"] = list(other.layout.candidates)
+    (copy / "best.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    rows = {row.name: row.figures for row in evaluate(find_target(copy))}
+    whole = {row.name: row.figures for row in evaluate(find_target(searched[1].parent))}
+    assert rows["undistilled student"] == whole["undistilled student"]
+
+
+def test_best_yaml_means_the_same_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = make_study(tmp_path, "bank.path=here/bank", "data.cache=here/cache", "output=runs")
+    _, path = pipeline.search(config)
+    (tmp_path / "elsewhere").mkdir()
+    best = tmp_path / path
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    pipeline.distill(pipeline.load_best(best))
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_two_searches_of_one_run_are_kept_apart(tmp_path):
     config = make_study(tmp_path)
     with (
-        pipeline.only_one(config.run_dir),
+        runs.only_one(config.run_dir),
         pytest.raises(RunError, match="by one process at a time, but another is at it"),
     ):
         pipeline.search(config)

@@ -20,7 +20,7 @@ from mohawk_nas.data import BlockOrder, TokenBlocks
 from mohawk_nas.distill.losses import logits_loss
 from mohawk_nas.distill.trainer import MAX_BAD_STEPS, learning_rate, make_optimizer, num_steps
 from mohawk_nas.errors import TrainingError
-from mohawk_nas.files import DamagedFile, load_metadata, load_tensors, save_tensors
+from mohawk_nas.files import DamagedFile, atomic_write, load_metadata, load_tensors, save_tensors
 from mohawk_nas.metrics import BlockFigures, body, evaluate_blocks
 from mohawk_nas.reporting import Reporter
 from mohawk_nas.student import MixerSlot
@@ -125,6 +125,7 @@ def distill_logits(
         # Told now, rather than when training has ended.
         load_tensors(best)
         progress = _restore(checkpoint, parameters, optimizer)
+        _trim_log(folder / "log.jsonl", progress.step)
         reporter.say(f"continuing after step {progress.step} of {steps}")
     else:
         save_tensors(best, {name: p.detach() for name, p in parameters.items()})
@@ -165,6 +166,15 @@ def distill_logits(
         best_step=progress.best_step,
         tokens=progress.step * size,
     )
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Forget what was logged after the checkpoint: those steps are done again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with atomic_write(path) as beside:
+            beside.write_text("".join(kept), encoding="utf-8")
 
 
 def _train_step(

@@ -16,8 +16,9 @@ from mohawk_nas.export.hf import load_hybrid, save_hybrid
 from mohawk_nas.export.verify import verify_export
 from mohawk_nas.files import atomic_folder, read_json, write_json
 from mohawk_nas.layout import ATTENTION, Layout
-from mohawk_nas.pipeline import load_best, set_aside
+from mohawk_nas.pipeline import load_best
 from mohawk_nas.registry import load_plugin
+from mohawk_nas.runs import set_aside
 
 __all__ = ["export_folder"]
 
@@ -62,7 +63,7 @@ def export_folder(
             "source": best.study.teacher.source,
             "fingerprint": best.teacher_fingerprint,
         },
-        "scores": best.scores,
+        "scores": result["scores"],
         "distillation": result,
         "study": plain(best.study),
     }
@@ -79,8 +80,11 @@ def export_folder(
         write_json(beside / CARD, card)
         (beside / "README.md").write_text(page, encoding="utf-8")
         if dtype != "float32":
-            # The check compares what was written, so the student is rounded the same way.
-            model = model.to(getattr(torch, dtype)).float()
+            # The check compares what was written, so the weights are rounded the same way; what is
+            # computed from the configuration (rotary frequencies) is not.
+            for tensor in model.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.copy_(tensor.to(getattr(torch, dtype)))
         try:
             found = verify_export(beside, model, plugins=target.study.plugins)
         except ExportError as e:

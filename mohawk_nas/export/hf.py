@@ -93,7 +93,12 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
         base = config.base_config()
-        base._attn_implementation = config._attn_implementation
+        # Some families have no scaled_dot_product_attention, which is what loading asks for first.
+        stock = AutoModelForCausalLM._model_mapping[type(base)]
+        wanted = config._attn_implementation
+        base._attn_implementation = (
+            "eager" if wanted == "sdpa" and not stock._supports_sdpa else wanted
+        )
         self.causal_lm = AutoModelForCausalLM.from_config(base)
         slots = find_attention(self.causal_lm)
         layout = Layout(tuple(config.layout))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mohawk_nas.errors import ExportError
+from mohawk_nas.errors import ExportError, MohawkError
 from mohawk_nas.files import load_tensors, save_tensors
 
 __all__ = ["check_folder", "verify_export"]
@@ -119,4 +119,7 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    try:
+        _main()
+    except MohawkError as e:
+        sys.exit(str(e))

@@ -54,6 +54,12 @@ def show_result(result: StudyResult, *, files: Sequence[Path], next_command: str
 def show_placement(layout: Layout, score: Score, placement: Placement, result: StudyResult) -> None:
     """One layout among a study's trials."""
     print_placement(placement, layout, score.value(result.weights), result, console=_OUT)
+    if not result.budget.meets(layout):
+        kept, wanted = len(layout.attention_layers), result.budget.attention_layers
+        _say(
+            f"It keeps {kept} attention layers where the study keeps {wanted}, so the rank compares "
+            "unequal things."
+        )
 
 
 def show_plan(config: StudyConfig, plan: Plan) -> None:
@@ -89,7 +95,8 @@ def show_plan(config: StudyConfig, plan: Plan) -> None:
     memory.add_column("size", justify="right")
     for part, size in plan.memory_bytes.items():
         memory.add_row(part, _bytes(size))
-    memory.add_row("bank on disk", _bytes(plan.disk_bytes))
+    disk = f"{_bytes(plan.disk_bytes)}, up to four times that while it is trained"
+    memory.add_row("bank on disk", disk)
     _OUT.print(memory)
 
     times = _table(

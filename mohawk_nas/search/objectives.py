@@ -5,8 +5,9 @@ B blocks a batch, T tokens a block, D model width.
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +41,7 @@ class BankScorer:
         teacher: The teacher.
         bank: Holds every candidate that a layout may name.
         blocks: The search split.
+        pairs: Every (layer, candidate besides attention) that a layout may hold.
         weights: Objective -> weight. Only the objectives named are computed.
         batch_size: Blocks at once.
     """
@@ -50,12 +52,14 @@ class BankScorer:
         bank: Bank,
         blocks: TokenBlocks,
         *,
+        pairs: Sequence[tuple[int, str]],
         weights: Mapping[str, float],
         batch_size: int,
     ) -> None:
         self.teacher = teacher
         self.bank = bank
         self.blocks = blocks
+        self.pairs = pairs
         self.weights = weights
         self.num_layers = teacher.num_layers
         self._batches = [
@@ -134,17 +138,20 @@ class BankScorer:
     def _local(self) -> dict[tuple[int, str], Tensor]:
         """Relative distance of every candidate on the teacher's inputs, one number a block."""
         parts: dict[tuple[int, str], list[Tensor]] = {}
+        names: dict[int, list[str]] = {}
+        for layer, name in self.pairs:
+            names.setdefault(layer, []).append(name)
 
         def on_layer(capture: LayerCapture) -> None:
             layer = capture.view.layer_idx
-            for name in self.bank.candidates:
+            for name in names[layer]:
                 mixer = self.bank.mixer(layer, name)
                 output = mixer(capture.hidden.to(mixer.dtype))
                 distance = relative_distance(output, capture.output)
                 parts.setdefault((layer, name), []).append(distance.cpu())
 
         for tokens in self._batches:
-            self.teacher.run(tokens.to(self.teacher.device), on_layer=on_layer)
+            self.teacher.run(tokens.to(self.teacher.device), on_layer=on_layer, layers=names)
         return {pair: torch.cat(rows) for pair, rows in parts.items()}
 
 
@@ -156,18 +163,17 @@ class PerTrialScorer(BankScorer):
     """
 
     def score(self, layout: Layout) -> Score:
+        began = time.perf_counter()
         pairs = [(i, layout[i]) for i in layout.replaced_layers]
         self.bank.train(pairs, reporter=SILENT, keep=False)
         if "stage2_local" in self.weights:
             self.stage2_losses()
-        return super().score(layout)
+        score = super().score(layout)
+        return dataclasses.replace(score, seconds=time.perf_counter() - began)
 
     def stage2_losses(self) -> dict[tuple[int, str], float]:
         if "_local" not in self.__dict__:
-            everything = [
-                (i, name) for i in range(self.num_layers) for name in self.bank.candidates
-            ]
-            self.bank.train(everything, reporter=SILENT, keep=False)
+            self.bank.train(self.pairs, reporter=SILENT, keep=False)
         return super().stage2_losses()
 
 

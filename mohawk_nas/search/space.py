@@ -44,6 +44,16 @@ class SearchSpace:
         """Layers that are not pinned."""
         return tuple(i for i in range(self.num_layers) if i not in self.pinned)
 
+    @cached_property
+    def replaceable(self) -> tuple[tuple[int, str], ...]:
+        """Every (layer, candidate besides attention) that some layout may hold."""
+        return tuple(
+            (i, name)
+            for i in range(self.num_layers)
+            for name in ((self.pinned[i],) if i in self.pinned else self.replacements)
+            if name != ATTENTION
+        )
+
     @property
     def num_pinned_attention(self) -> int:
         """Layers that are pinned to attention."""

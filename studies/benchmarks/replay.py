@@ -9,8 +9,9 @@ about two minutes on one core:
     python studies/benchmarks/replay.py studies/benchmarks/results/scores_*.json
 
 A table is a JSON object: `name`, `num_layers`, `attention_layers` (how many a layout keeps),
-`objective`, `possible` (layouts on the budget), `layouts` (a list of `{"layout": [1, 5], "value": 0.23}`, one for each layout on the
-budget) and `probes` (values of layouts off the budget, by their attention layers: `{"1": 0.9}`).
+`objective`, `possible` (layouts on the budget), `layouts` (a list of `{"layout": [1, 5],
+"value": 0.23}`, one for each layout on the budget) and `probes` (values of layouts off the budget,
+by their attention layers: `{"1": 0.9}`).
 """
 
 from __future__ import annotations
