@@ -125,11 +125,11 @@ def distill_logits(
         # Told now, rather than when training has ended.
         load_tensors(best)
         progress = _restore(checkpoint, parameters, optimizer)
-        _trim_log(folder / "log.jsonl", progress.step)
         reporter.say(f"continuing after step {progress.step} of {steps}")
     else:
         save_tensors(best, {name: p.detach() for name, p in parameters.items()})
 
+    _trim_log(folder / "log.jsonl", progress.step)
     size = config.batch_size * config.accumulate * block_size
     with (
         (folder / "log.jsonl").open("a", encoding="utf-8") as log,

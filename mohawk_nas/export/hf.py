@@ -195,15 +195,15 @@ def save_hybrid(
     for name in ("dtype", "_name_or_path", "transformers_version"):
         teacher.pop(name, None)
     config = HybridConfig(teacher=teacher, layout=list(layout.candidates), candidates=used)
-    with torch.device("meta"):
-        shell = HybridForCausalLM(config)
     dtype = dtype or causal_lm.dtype
+    with torch.device("meta"):
+        # Saving writes the shell's type into the configuration.
+        shell = HybridForCausalLM(config).to(dtype)
     shell.generation_config = causal_lm.generation_config
     state = {f"causal_lm.{n}": t.to(dtype) for n, t in causal_lm.state_dict().items()}
     # Tied weights are one tensor and are stored once.
     for tied in getattr(shell, "all_tied_weights_keys", None) or {}:
         state.pop(tied, None)
-    shell.config.dtype = dtype
     shell.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

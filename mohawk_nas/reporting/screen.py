@@ -57,7 +57,7 @@ def show_placement(layout: Layout, score: Score, placement: Placement, result: S
     if not result.budget.meets(layout):
         kept, wanted = len(layout.attention_layers), result.budget.attention_layers
         _say(
-            f"It keeps {kept} attention layers where the study keeps {wanted}, so the rank compares "
+            f"It keeps {kept} attention layers where the study keeps {wanted}: the rank compares "
             "unequal things."
         )
 
