@@ -321,6 +321,14 @@ def _distill(
         )
     except DamagedFile as e:
         raise RunError(f"{e}; use --force to set {folder} aside and start anew") from e
+    with atomic_folder(folder / "model") as beside:
+        save_hybrid(
+            student,
+            beside,
+            layout=best.layout,
+            candidates=best.candidates,
+            tokenizer=bench.teacher.tokenizer,
+        )
     write_json(
         folder / "result.json",
         {
@@ -333,14 +341,6 @@ def _distill(
             "provenance": provenance(),
         },
     )
-    with atomic_folder(folder / "model") as beside:
-        save_hybrid(
-            student,
-            beside,
-            layout=best.layout,
-            candidates=best.candidates,
-            tokenizer=bench.teacher.tokenizer,
-        )
     return result, folder
 
 

@@ -112,7 +112,7 @@ def refuse(call, shared, tmp_path):
     return run_it
 
 
-RECORDS = ("config.yaml", "provenance.json")
+RECORDS = ("config.yaml", "provenance.json", "identity.json")
 QUICK = ("search.baselines=[first]", "search.strategy=random", "search.trials=2")
 
 
