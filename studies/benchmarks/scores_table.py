@@ -47,11 +47,11 @@ def main() -> None:
         "baselines": {name: list(x.attention_layers) for name, x in result.baselines.items()},
         "search_tokens": config.search.tokens,
         "bank_tokens": {"matrix": config.bank.matrix.tokens, "hidden": config.bank.hidden.tokens},
-        "teacher_fingerprint": best.teacher_fingerprint,
         "made_by": shlex.join([Path(sys.argv[0]).name, run.name]),
         "searched_with": {
             key: value
             for key, value in yaml.safe_load((run / "best.yaml").read_text())["provenance"].items()
+            # The command holds paths of the machine it ran on.
             if key != "command"
         },
         "layouts": [
