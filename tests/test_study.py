@@ -2,10 +2,13 @@
 
 import math
 import multiprocessing
+import os
 import random
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 
 import optuna
 import pytest
@@ -232,10 +235,24 @@ def test_an_exception_leaves_a_study_that_goes_on(tmp_path, error):
     assert failed.user_attrs["reason"].startswith(f"interrupted: {type(error).__name__}")
 
 
-def study_to_be_killed(run_dir: Path) -> None:
+class Killer(SyntheticScorer):
+    """Kills its own process some milliseconds after it began so many layouts, as SIGKILL does."""
+
+    def __init__(self, *args, after, seconds, **settings):
+        super().__init__(*args, **settings)
+        self.left, self.seconds = after, seconds
+
+    def score(self, layout):
+        self.left -= 1
+        if self.left == 0:
+            Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return super().score(layout)
+
+
+def study_to_be_killed(run_dir: Path, after: int = 0, seconds: float = 0.0) -> None:
     """What the child processes run."""
     config, space, budget = make(8, 3, trials=32, baselines=BASELINES)
-    scorer = SyntheticScorer(8, pairs=1.0, noise=0.1, pause=0.005)
+    scorer = Killer(8, pairs=1.0, noise=0.1, pause=0.005, after=after, seconds=seconds)
     (run_dir / "running").touch()
     run_study(
         config,
@@ -245,7 +262,6 @@ def study_to_be_killed(run_dir: Path) -> None:
         run_dir=run_dir,
         provenance=lambda layout: {"bank": {str(i): layout[i] for i in layout.replaced_layers}},
     )
-    (run_dir / "ended").touch()
 
 
 def test_a_study_killed_at_random_moments_ends_like_an_unbroken_one(tmp_path):
@@ -256,23 +272,25 @@ def test_a_study_killed_at_random_moments_ends_like_an_unbroken_one(tmp_path):
     broken.mkdir()
     unbroken.mkdir()
     study_to_be_killed(unbroken)
-    kills = 0
-    while not (broken / "ended").exists():
+    # Three kills while the storage is being made, seven among 55 layouts.
+    for after in (0, 0, 0, 5, 5, 5, 5, 5, 5, 5):
         (broken / "running").unlink(missing_ok=True)
-        child = processes.Process(target=study_to_be_killed, args=(broken,))
+        child = processes.Process(
+            target=study_to_be_killed, args=(broken, after, rng.uniform(0.0, 0.02))
+        )
         child.start()
-        while not (broken / "running").exists():
-            time.sleep(0.002)
-        # At first also while the storage is being made.
-        child.join(rng.uniform(0.0, 0.4) if kills < 10 else None)
-        if child.is_alive():
+        if not after:
+            while not (broken / "running").exists():
+                time.sleep(0.002)
+            child.join(rng.uniform(0.0, 0.15))
             child.kill()
-            child.join()
-            kills += 1
-    assert kills >= 4
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    study_to_be_killed(broken)
     config, space, budget = make(8, 3, trials=32, baselines=BASELINES)
     results = [load_result(config, space, budget, run_dir=d) for d in (broken, unbroken)]
     assert essence(results[0]) == essence(results[1])
+    assert "tpe" in {trial.proposed_by for trial in results[0].trials}
     frozen = optuna.load_study(study_name="made-up", storage=f"sqlite:///{broken}/study.db").trials
     states = {t.state for t in frozen}
     assert states <= {optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL}
