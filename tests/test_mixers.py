@@ -229,7 +229,8 @@ def test_mamba2_is_tested_with_decays_close_to_one():
         mixer, hidden = contract.mixer(), contract.hidden(1, contract.long_length)
         contract.long_memory(mixer)
         forgotten = -mixer.factors(hidden).log_decay.expm1()
-        assert forgotten.min() > 0 and forgotten.max() < 1e-4
+        # As far apart as the biases are: no floor of the step holds them.
+        assert 5e-6 < forgotten.min() < 2e-5 and 5e-5 < forgotten.max() < 1e-4
 
 
 def test_mamba2_pairs_heads_evenly():

@@ -236,7 +236,7 @@ def test_an_exception_leaves_a_study_that_goes_on(tmp_path, error):
 
 
 class Killer(SyntheticScorer):
-    """Kills its own process some milliseconds after it began so many layouts, as SIGKILL does."""
+    """Sends its own process SIGKILL, some milliseconds after it began so many layouts."""
 
     def __init__(self, *args, after, seconds, **settings):
         super().__init__(*args, **settings)
