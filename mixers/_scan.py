@@ -44,7 +44,7 @@ def chunked_scan(
     *,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`naive_scan` as matrix products over chunks (Mamba-2, arXiv 2405.21060, section 6).
+    """:func:`naive_scan` as matrix products over chunks (Mamba-2, arXiv 2405.21060).
 
     Decay sums are taken in float32 inside a chunk, so a decay close to 1 over thousands of tokens
     keeps its small logarithm, and the state travels between chunks in float32.

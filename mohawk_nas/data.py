@@ -122,10 +122,6 @@ class BlockOrder:
             position += len(parts[-1])
         return torch.cat(parts)
 
-    def epochs(self, steps: int) -> float:
-        """Passes over the split in so many steps."""
-        return steps * self.batch_size / self.num_blocks
-
     def _pass(self, number: int) -> Tensor:
         if number not in self._passes:
             digest = hashlib.sha256(f"{self.seed}/{number}".encode()).digest()

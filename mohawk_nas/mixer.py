@@ -128,7 +128,7 @@ class MatrixFactors:
     """Factors of a mixing matrix ``(C B^T) * decay mask + diagonal``, one a head.
 
     Entry (i, j), j <= i, is ``C_i . B_j * exp(sum of log_decay over j+1..i)``, plus ``diagonal``
-    where i = j. Stage 1 is computed from these without the matrix (method of MOHAWK, eq. 3).
+    where i = j. Stage 1 is computed from these without the matrix.
     """
 
     c: Tensor

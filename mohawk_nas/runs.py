@@ -95,6 +95,7 @@ def claim_run_dir(config: StudyConfig, *, force: bool) -> None:
 
 
 def check_run_dir(config: StudyConfig) -> None:
+    """The check of :func:`claim_run_dir` alone."""
     folder, record = config.run_dir, config.run_dir / RUN_RECORDS[0]
     if _holds_nothing_but(folder, RUN_RECORDS):
         # Nothing was run with the settings that are there, so any may change.
@@ -132,6 +133,11 @@ def check_run_dir(config: StudyConfig) -> None:
 
 
 def check_distill_dir(folder: Path, settings: dict[str, Any]) -> None:
+    """Make sure that a distillation with these settings may start or go on in a folder.
+
+    Raises:
+        RunError: It holds something else, or a distillation with other settings.
+    """
     record = folder / DISTILL_RECORD
     if _holds_nothing_but(folder, (DISTILL_RECORD, IDENTITY)):
         return

@@ -15,7 +15,7 @@ __all__ = ["hidden_loss", "relative_distance"]
 
 
 def hidden_loss(mixer: Mixer, capture: LayerCapture) -> Tensor:
-    """Mean L2 distance a token (arXiv 2408.10189, eq. 4), over the teacher's mean norm.
+    """Mean L2 distance a token (arXiv 2408.10189), over the teacher's mean norm.
 
     The division only sets the scale: it makes layers comparable and one clipping norm fit them
     all.

@@ -19,7 +19,7 @@ def logits_loss(
 ) -> Tensor:
     """The configured loss, averaged over tokens, in float32.
 
-    ``soft_ce`` is MOHAWK's cross-entropy on the teacher's probabilities (arXiv 2408.10189, eq. 5);
+    ``soft_ce`` is MOHAWK's cross-entropy on the teacher's probabilities (arXiv 2408.10189);
     ``kl`` is the same less the teacher's entropy, so that zero means equal. With a temperature the
     soft part is multiplied by its square, which keeps the gradient's size (Hinton et al. 2015).
 

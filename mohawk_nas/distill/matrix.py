@@ -14,7 +14,7 @@ __all__ = ["matrix_loss"]
 
 
 def matrix_loss(mixer: Mixer, capture: LayerCapture) -> Tensor:
-    """Frobenius distance a head, averaged over batch and heads (arXiv 2408.10189, eq. 3).
+    """Frobenius distance a head, averaged over batch and heads (arXiv 2408.10189).
 
     Args:
         mixer: The student's mixer of this layer.

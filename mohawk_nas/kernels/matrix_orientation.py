@@ -42,7 +42,7 @@ def matrix_distance(
         block_size: Queries at a time.
 
     Returns:
-        ``(B, H)`` in float32. Its root is the norm of MOHAWK's stage 1 (arXiv 2408.10189, eq. 3).
+        ``(B, H)`` in float32. Its root is the norm of MOHAWK's stage 1 (arXiv 2408.10189).
     """
     length = query.shape[2]
     kv_heads = torch.div(heads * key.shape[1], query.shape[1], rounding_mode="floor")
