@@ -15,6 +15,13 @@ torch.set_num_threads(1)
 _OURS = ("mohawk_nas", "mohawk_nas_plugin")
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="torch finds no GPU"))
+
+
 @pytest.fixture(autouse=True)
 def global_state():
     """Leave torch and transformers as they were."""
