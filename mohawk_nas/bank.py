@@ -23,7 +23,8 @@ from torch import Tensor
 
 from mohawk_nas.config import BankConfig
 from mohawk_nas.data import TokenBlocks
-from mohawk_nas.distill.trainer import LayerJob, Stage, make_optimizer, num_steps, train_layers
+from mohawk_nas.distill.optimizer import ClippedAdamW
+from mohawk_nas.distill.trainer import LayerJob, Stage, num_steps, train_layers
 from mohawk_nas.errors import BankError
 from mohawk_nas.files import (
     DamagedFile,
@@ -33,7 +34,7 @@ from mohawk_nas.files import (
     save_tensors,
     write_json,
 )
-from mohawk_nas.mixer import Mixer, MixerConfig, build_mixer
+from mohawk_nas.mixer import Mixer, MixerConfig, build_mixer, identity_of
 from mohawk_nas.reporting import Reporter
 from mohawk_nas.teacher import Teacher
 
@@ -41,7 +42,7 @@ __all__ = ["Bank", "candidate_seed"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a change to the code makes old entries differ from what it would train."""
 
 
@@ -184,7 +185,7 @@ class Bank:
             "teacher": self.teacher.fingerprint,
             "layer": layer,
             "mixer": _source_of(config),
-            "config": dataclasses.asdict(config),
+            "config": identity_of(config),
             "stages": [[stage.name, dataclasses.asdict(stage.config)] for stage in self.stages],
             "block_size": self.blocks.tokens.shape[1],
             "dtype": str(self.teacher.model.dtype),
@@ -251,7 +252,7 @@ class Bank:
             # Between two stages: the next one starts with a new optimizer.
             return
         parameters = dict(job.mixer.named_parameters())
-        job.optimizer = make_optimizer(list(parameters.values()), stage.config)
+        job.optimizer = ClippedAdamW(parameters.values(), stage.config)
         for name, parameter in parameters.items():
             state = {
                 slot.partition(".")[0]: tensor.to(parameter.device)
@@ -260,8 +261,6 @@ class Bank:
             }
             # Stage 1 gives no gradient to what lies outside the matrix.
             if state:
-                # AdamW keeps its step count on the CPU.
-                state["step"] = state["step"].cpu()
                 job.optimizer.state[parameter] = state
 
     def _save(self, job: LayerJob) -> None:
@@ -299,7 +298,7 @@ class Bank:
 
 def candidate_seed(seed: int, layer: int, config: MixerConfig) -> int:
     """Seed of a candidate's initial weights: of itself alone, whatever is trained beside it."""
-    identity = [seed, layer, type(config).__name__, dataclasses.asdict(config)]
+    identity = [seed, layer, type(config).__name__, identity_of(config)]
     return int(_digest(identity)[:15], 16)
 
 

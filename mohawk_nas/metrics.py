@@ -7,6 +7,7 @@ in float32.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mohawk_nas.capture import without_masks
 from mohawk_nas.data import TokenBlocks
 from mohawk_nas.teacher import Teacher, logits_from_hidden
 
@@ -70,7 +72,8 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def body(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """Last hidden state ``(B, T, D)`` of a causal LM, without its logits and without a cache."""
-    out = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    with without_masks(model) if mask is None else nullcontext():
+        out = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
     return out.last_hidden_state  # type: ignore[no-any-return]
 
 

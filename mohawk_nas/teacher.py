@@ -1,10 +1,6 @@
-"""The teacher: a stock Hugging Face causal LM, where its attention stands, and what flows there.
+"""The teacher: a stock Hugging Face causal LM, and where its attention stands.
 
-Nothing here knows a model family. A function registered with transformers' attention interface
-sees every layer's queries and keys after the rotary embedding; forward hooks on the attention
-modules see their inputs and outputs.
-
-B batch, T tokens, D model width, H heads, P head size, V vocabulary.
+B batch, T tokens, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,25 +10,23 @@ import importlib.util
 import json
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mohawk_nas.capture import LayerCapture, capturing, without_masks
 from mohawk_nas.config import TeacherConfig
 from mohawk_nas.errors import TeacherError
 from mohawk_nas.mixer import AttentionView
 
 __all__ = [
-    "LayerCapture",
     "Teacher",
     "check_weights",
     "find_attention",
@@ -44,24 +38,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_CAPTURE = "mohawk_nas_capture_"
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerCapture:
-    """What one attention layer of the teacher saw and did with one batch."""
-
-    view: AttentionView
-    hidden: Tensor
-    """The mixer's input, ``(B, T, D)``."""
-    output: Tensor
-    """The mixer's output, before it joins the residual stream, ``(B, T, D)``."""
-    mask: Tensor | None
-    """True at real tokens, ``(B, T)``; None where all are."""
-    query: Tensor | None
-    """After the rotary embedding, ``(B, H, T, P)``; None unless matrices were asked for."""
-    key: Tensor | None
-    """After the rotary embedding, ``(B, key-value heads, T, P)``."""
+class _Shown(Exception):
+    """Nothing after this layer is wanted."""
 
 
 class Teacher:
@@ -144,14 +123,35 @@ class Teacher:
             TeacherError: ``matrices`` are asked of a layer whose matrix is not plain causal
                 softmax.
         """
-        body = self.model.base_model
         inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
-        if on_layer is None:
-            return body(**inputs).last_hidden_state  # type: ignore[no-any-return]
-        wanted = range(self.num_layers) if layers is None else layers
-        slots = [self.slots[i] for i in sorted(wanted)]
-        with _capturing(self.model, slots, on_layer, mask=mask, matrices=matrices):
-            return body(**inputs).last_hidden_state  # type: ignore[no-any-return]
+        maskless = without_masks(self.model) if mask is None else nullcontext()
+        showing: Any = nullcontext()
+        if on_layer is not None:
+            wanted = range(self.num_layers) if layers is None else sorted(layers)
+            views = [self.views[i] for i in wanted]
+            showing = capturing(self.model, views, on_layer, mask=mask, matrices=matrices)
+        # In this order: the capture hands on to what stands there already.
+        with maskless, showing:
+            return self.model.base_model(**inputs).last_hidden_state  # type: ignore[no-any-return]
+
+    def show(
+        self,
+        input_ids: Tensor,
+        on_layer: Callable[[LayerCapture], None],
+        *,
+        layers: Collection[int],
+        matrices: bool = False,
+    ) -> None:
+        """:meth:`run`, which ends with the last of the layers to show."""
+        last = max(layers)
+
+        def shown(capture: LayerCapture) -> None:
+            on_layer(capture)
+            if capture.view.layer_idx == last:
+                raise _Shown
+
+        with suppress(_Shown):
+            self.run(input_ids, on_layer=shown, layers=layers, matrices=matrices)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``(B, T, V)`` from :meth:`run`'s result."""
@@ -253,100 +253,6 @@ def logits_from_hidden(model: Any, hidden: Tensor) -> Tensor:
         return model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
     finally:
         del body.forward
-
-
-# What the registered attention function reports to: the innermost capture that is running.
-_recorders: list[dict[nn.Module, tuple[Tensor, Tensor]]] = []
-
-
-@contextmanager
-def _capturing(
-    model: Any,
-    slots: list[Slot],
-    on_layer: Callable[[LayerCapture], None],
-    *,
-    mask: Tensor | None,
-    matrices: bool,
-) -> Iterator[None]:
-    recorder: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    inputs: dict[nn.Module, Tensor] = {}
-    views = {slot.view.module: slot.view for slot in slots}
-
-    # Hooks return None, or torch would take what they return for the module's result.
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[module] = args[0] if args else kwargs["hidden_states"]
-
-    def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        query, key = recorder.pop(module, (None, None))
-        if matrices and query is None:
-            raise TeacherError(
-                f"layer {views[module].layer_idx}: {type(module).__name__} does not use "
-                "transformers' attention interface, so its matrix cannot be seen; set the stage-1 "
-                "tokens to 0"
-            )
-        on_layer(
-            LayerCapture(
-                view=views[module],
-                hidden=inputs.pop(module),
-                output=result[0] if isinstance(result, tuple) else result,
-                mask=None if mask is None else mask.bool(),
-                query=query,
-                key=key,
-            )
-        )
-
-    handles = []
-    for module in views:
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
-    config = model.config.get_text_config()
-    implementation = config._attn_implementation
-    if matrices:
-        config._attn_implementation = _register_capture(implementation)
-        _recorders.append(recorder)
-    try:
-        yield
-    finally:
-        if matrices:
-            _recorders.pop()
-            config._attn_implementation = implementation
-        for handle in handles:
-            handle.remove()
-
-
-def _register_capture(implementation: str) -> str:
-    """Name of an attention implementation that reports and hands on to ``implementation``."""
-    name = _CAPTURE + implementation
-    if name in ALL_ATTENTION_FUNCTIONS:
-        return name
-
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> Any:
-        for obstacle in ("softcap", "s_aux", "position_bias"):
-            if kwargs.get(obstacle) is not None:
-                raise TeacherError(
-                    f"layer {getattr(module, 'layer_idx', '?')}: {type(module).__name__} uses "
-                    f"{obstacle}, so its matrix is not a plain causal softmax; set the stage-1 "
-                    "tokens to 0"
-                )
-        if _recorders:
-            _recorders[-1][module] = (query, key)
-        # Eager attention is not registered: each modelling file brings its own.
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-        return attention(module, query, key, value, attention_mask, **kwargs)
-
-    AttentionInterface.register(name, attend)
-    # Without a mask function of the same name transformers would build no mask at all.
-    if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
-    return name
 
 
 def pick_device(name: str) -> torch.device:

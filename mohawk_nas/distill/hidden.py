@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mohawk_nas.capture import LayerCapture
 from mohawk_nas.mixer import Mixer
-from mohawk_nas.teacher import LayerCapture
 
 __all__ = ["hidden_loss", "relative_distance"]
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,19 @@ from torch import Tensor, nn
 
 from mohawk_nas.config import LogitsConfig
 from mohawk_nas.data import BlockOrder, TokenBlocks
-from mohawk_nas.distill.losses import logits_loss
-from mohawk_nas.distill.trainer import MAX_BAD_STEPS, learning_rate, make_optimizer, num_steps
+from mohawk_nas.distill.graph import RecordedStep
+from mohawk_nas.distill.losses import loss_of_hidden
+from mohawk_nas.distill.optimizer import MAX_BAD_STEPS, ClippedAdamW, learning_rate
+from mohawk_nas.distill.trainer import READ_EVERY, num_steps
 from mohawk_nas.errors import TrainingError
 from mohawk_nas.files import DamagedFile, atomic_write, load_metadata, load_tensors, save_tensors
 from mohawk_nas.metrics import BlockFigures, body, evaluate_blocks
+from mohawk_nas.precision import computing_in
 from mohawk_nas.reporting import Reporter
 from mohawk_nas.student import MixerSlot
-from mohawk_nas.teacher import Teacher, logits_from_hidden
+from mohawk_nas.teacher import Teacher
 
-__all__ = ["LogitsResult", "distill_logits", "trainable_parameters"]
+__all__ = ["LogitsResult", "LogitsTrainer", "distill_logits", "trainable_parameters"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +62,79 @@ def trainable_parameters(student: nn.Module, which: str) -> dict[str, nn.Paramet
         if which == "all" or name in in_slots or (which == "all_but_mlp" and not is_mlp):
             chosen[name] = parameter
     return chosen
+
+
+class LogitsTrainer:
+    """Stage 3's optimizer step for one or more students, side by side on the same batches.
+
+    What the teacher says of a batch is computed once for all of them; else they have nothing to do
+    with each other.
+
+    Args:
+        teacher: Frozen; its type is what products are computed in.
+        students: Share no weights with it or each other; trained in place.
+        config: Stage 3.
+    """
+
+    def __init__(
+        self, teacher: Teacher, students: Sequence[nn.Module], config: LogitsConfig
+    ) -> None:
+        self.teacher = teacher
+        self.students = students
+        self.config = config
+        self.parameters: list[dict[str, nn.Parameter]] = []
+        self.optimizers: list[ClippedAdamW] = []
+        for student in students:
+            student.requires_grad_(False)
+            parameters = trainable_parameters(student, config.trainable)
+            for parameter in parameters.values():
+                # Gradients of a step's batches are added up where they are.
+                parameter.requires_grad_(True).grad = torch.zeros_like(parameter)
+            self.parameters.append(parameters)
+            self.optimizers.append(ClippedAdamW(parameters.values(), config))
+        # A row a student: loss of the step that is under way, whether it was refused.
+        self._figures = torch.zeros(len(students), 2, device=teacher.device)
+        self._steps: list[Tensor] = []
+        self._backward = RecordedStep(self._add_gradients, teacher.device)
+        self._update = RecordedStep(self._move_weights, teacher.device)
+
+    def step(self, batches: Sequence[Tensor], rate: float) -> None:
+        """Train on some batches as if they were one.
+
+        Args:
+            batches: ``(B, T)`` each, on the CPU, of the same shape each time.
+            rate: Learning rate.
+        """
+        self._figures.zero_()
+        for tokens in batches:
+            self._backward(tokens)
+        for optimizer in self.optimizers:
+            optimizer.set_rate(rate)
+        self._update()
+        self._steps.append(self._figures.clone())
+
+    def read(self) -> list[tuple[list[float], list[bool]]]:
+        """Each student's loss, and whether its step was refused, for all steps since last asked."""
+        steps = torch.stack(self._steps).tolist() if self._steps else []
+        self._steps.clear()
+        return [([row[0] for row in rows], [bool(row[1]) for row in rows]) for rows in steps]
+
+    def _add_gradients(self, tokens: Tensor) -> None:
+        teacher, config = self.teacher, self.config
+        with torch.no_grad():
+            target = teacher.run(tokens)
+        for number, student in enumerate(self.students):
+            with computing_in(target.dtype, target.device):
+                hidden = body(student, tokens)
+                loss = loss_of_hidden(teacher.model, target, student, hidden, tokens, config)
+                loss = loss / config.accumulate
+            loss.backward()
+            self._figures[number, 0] += loss.detach()
+
+    def _move_weights(self) -> None:
+        for number, optimizer in enumerate(self.optimizers):
+            self._figures[number, 1] = optimizer.clipped_step(self._figures[number, 0])
+            optimizer.zero_grad(set_to_none=False)
 
 
 @dataclass
@@ -102,11 +180,8 @@ def distill_logits(
         DamagedFile: What an interrupted run left cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    student.requires_grad_(False)
-    parameters = trainable_parameters(student, config.trainable)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    optimizer = make_optimizer(list(parameters.values()), config)
+    trainer = LogitsTrainer(teacher, [student], config)
+    (parameters,), (optimizer,) = trainer.parameters, trainer.optimizers
     block_size = train.tokens.shape[1]
     steps = num_steps(config, block_size) // config.accumulate
     order = BlockOrder(len(train), batch_size=config.batch_size, seed=seed * 16 + 2)
@@ -135,24 +210,31 @@ def distill_logits(
         (folder / "log.jsonl").open("a", encoding="utf-8") as log,
         reporter.stage("stage 3 (logits)", total=steps, unit="step", done=progress.step) as task,
     ):
+        looked, rates = time.perf_counter(), []
         while progress.step < steps:
-            rate = learning_rate(config, progress.step, steps)
-            loss = _train_step(
-                teacher, student, train, order, parameters, optimizer, config, rate, progress
-            )
+            rates.append(learning_rate(config, progress.step, steps))
+            first = progress.step * config.accumulate
+            batches = [train.batch(order.indices(first + i)) for i in range(config.accumulate)]
+            trainer.step(batches, rates[-1])
             progress.step += 1
-            task.advance(1, tokens=size, loss=loss)
-            entry: dict[str, float] = {"step": progress.step, "loss": loss, "lr": rate}
             last = progress.step == steps
-            if last or progress.step % config.validate_steps == 0:
+            validates = last or progress.step % config.validate_steps == 0
+            saves = last or progress.step % config.checkpoint_steps == 0
+            if not (validates or saves or time.perf_counter() - looked >= READ_EVERY):
+                task.advance(1, tokens=size)
+                continue
+            entries = _read(trainer, progress, rates)
+            looked, rates = time.perf_counter(), []
+            task.advance(1, tokens=size, loss=entries[-1]["loss"])
+            if validates:
                 now = evaluate_blocks(teacher, student, validation, batch_size=config.batch_size)
-                entry["validation_kl"] = now.mean_kl
+                entries[-1]["validation_kl"] = now.mean_kl
                 if now.mean_kl < progress.best_kl:
                     progress.best_kl, progress.best_step = now.mean_kl, progress.step
                     save_tensors(best, {name: p.detach() for name, p in parameters.items()})
-            log.write(json.dumps(entry) + "\n")
+            log.write("".join(json.dumps(entry) + "\n" for entry in entries))
             log.flush()
-            if last or progress.step % config.checkpoint_steps == 0:
+            if saves:
                 _save(checkpoint, parameters, optimizer, progress)
 
     weights = load_tensors(best)
@@ -177,48 +259,27 @@ def _trim_log(path: Path, step: int) -> None:
             beside.write_text("".join(kept), encoding="utf-8")
 
 
-def _train_step(
-    teacher: Teacher,
-    student: Any,
-    train: TokenBlocks,
-    order: BlockOrder,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.AdamW,
-    config: LogitsConfig,
-    rate: float,
-    progress: _Progress,
-) -> float:
-    total = 0.0
-    for part in range(config.accumulate):
-        batch = order.indices(progress.step * config.accumulate + part)
-        tokens = train.batch(batch).to(teacher.device)
-        with torch.no_grad():
-            target = teacher.logits(teacher.run(tokens))
-        logits = logits_from_hidden(student, body(student, tokens))
-        loss = logits_loss(target, logits, tokens, config) / config.accumulate
-        loss.backward()
-        total += loss.item()
-    norm = nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip)
-    if torch.isfinite(norm) and math.isfinite(total):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    else:
-        # Such a gradient never reaches the weights.
-        progress.bad_steps += 1
-        if progress.bad_steps > MAX_BAD_STEPS:
-            raise TrainingError(
-                f"stage 3: loss or gradient was not finite in {progress.bad_steps} steps; lower "
-                f"distill.logits.lr (now {config.lr})"
-            )
-    optimizer.zero_grad(set_to_none=True)
-    return total
+def _read(
+    trainer: LogitsTrainer, progress: _Progress, rates: Sequence[float]
+) -> list[dict[str, float]]:
+    """Log entries of the steps since last asked, the newest last."""
+    entries = []
+    first = progress.step - len(rates) + 1
+    for number, ((loss,), (refused,)) in enumerate(trainer.read()):
+        entries.append({"step": first + number, "loss": loss, "lr": rates[number]})
+        progress.bad_steps += refused
+    if progress.bad_steps > MAX_BAD_STEPS:
+        raise TrainingError(
+            f"stage 3: loss or gradient was not finite in {progress.bad_steps} steps; lower "
+            f"distill.logits.lr (now {trainer.config.lr})"
+        )
+    return entries
 
 
 def _save(
     path: Path,
     parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.AdamW,
+    optimizer: ClippedAdamW,
     progress: _Progress,
 ) -> None:
     tensors: dict[str, Tensor] = {f"weight/{name}": p.detach() for name, p in parameters.items()}
@@ -228,16 +289,12 @@ def _save(
     save_tensors(path, tensors, metadata={"progress": json.dumps(vars(progress))})
 
 
-def _restore(
-    path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW
-) -> _Progress:
+def _restore(path: Path, parameters: dict[str, nn.Parameter], optimizer: ClippedAdamW) -> _Progress:
     tensors, metadata = load_tensors(path), load_metadata(path)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors.pop(f"weight/{name}"))
     for key, value in tensors.items():
         slot, _, name = key.partition("/")
-        # AdamW keeps its step count on the CPU.
-        device = "cpu" if slot == "step" else parameters[name].device
-        optimizer.state[parameters[name]][slot] = value.to(device)
+        optimizer.state[parameters[name]][slot] = value.to(parameters[name].device)
     return _Progress(**json.loads(metadata["progress"]))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mohawk_nas.capture import LayerCapture
 from mohawk_nas.errors import MixerError
 from mohawk_nas.kernels.matrix_orientation import matrix_distance
 from mohawk_nas.mixer import Mixer
-from mohawk_nas.teacher import LayerCapture
 
 __all__ = ["matrix_loss"]
 
@@ -30,14 +30,16 @@ def matrix_loss(mixer: Mixer, capture: LayerCapture) -> Tensor:
             f"layer {capture.view.layer_idx}: stage 1 needs a mixer that offers its matrix as "
             f"factors, and {type(mixer).__name__} does not; set the stage-1 tokens to 0"
         )
-    squared = matrix_distance(
-        capture.query,
-        capture.key,
-        factors,
-        scaling=capture.view.scaling,
-        heads=mixer.head_pairs(capture.query.shape[1]),
-        window=capture.view.sliding_window,
-        mask=capture.mask,
-    )
-    # The root has no gradient at zero.
-    return torch.sqrt(squared.clamp_min(1e-12)).mean()
+    # The distance takes care of its own types.
+    with torch.autocast(capture.hidden.device.type, enabled=False):
+        squared = matrix_distance(
+            capture.query,
+            capture.key,
+            factors,
+            scaling=capture.view.scaling,
+            heads=mixer.head_pairs(capture.query.shape[1]),
+            window=capture.view.sliding_window,
+            mask=capture.mask,
+        )
+        # The root has no gradient at zero.
+        return torch.sqrt(squared.clamp_min(1e-12)).mean()

@@ -3,6 +3,9 @@
 In these stages a layer's loss depends on that layer's parameters alone, because its input comes
 from the teacher. So each candidate has its own optimizer, clipping and seed, its backward runs as
 soon as the teacher's layer has, and the result does not depend on what is trained beside it.
+
+Nothing in a step waits for the GPU: clipping and the refusal of gradients that are not finite are
+decided there, and losses are added up there and read now and then.
 """
 
 from __future__ import annotations
@@ -10,23 +13,27 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mohawk_nas.capture import LayerCapture
 from mohawk_nas.config import StageConfig
 from mohawk_nas.data import BlockOrder, TokenBlocks
+from mohawk_nas.distill.graph import RecordedStep
 from mohawk_nas.distill.hidden import hidden_loss
 from mohawk_nas.distill.matrix import matrix_loss
+from mohawk_nas.distill.optimizer import MAX_BAD_STEPS, ClippedAdamW, learning_rate
 from mohawk_nas.errors import TrainingError
 from mohawk_nas.mixer import Mixer
-from mohawk_nas.reporting import Reporter
-from mohawk_nas.teacher import LayerCapture, Teacher
+from mohawk_nas.precision import computing_in
+from mohawk_nas.reporting import Reporter, Task
+from mohawk_nas.teacher import Teacher
 
-__all__ = ["LayerJob", "Stage", "learning_rate", "make_optimizer", "num_steps", "train_layers"]
+__all__ = ["LayerJob", "LayerTrainer", "Stage", "num_steps", "train_layers"]
 
 StageName = Literal["matrix", "hidden"]
 
@@ -37,8 +44,8 @@ LOSSES: dict[StageName, Callable[[Mixer, LayerCapture], Tensor]] = {
 
 STAGE_NUMBERS: dict[StageName, int] = {"matrix": 1, "hidden": 2}
 
-MAX_BAD_STEPS = 10
-"""Non-finite gradients of one candidate, ever, before the run stops."""
+READ_EVERY = 1.0
+"""Seconds between two looks at the losses, for which the GPU must finish what it has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +72,7 @@ class LayerJob:
     """(stage, tokens seen in it, mean loss since the last entry)"""
     loss_sum: float = 0.0
     loss_count: int = 0
-    optimizer: torch.optim.AdamW | None = None
+    optimizer: ClippedAdamW | None = None
 
     @property
     def name(self) -> str:
@@ -77,26 +84,106 @@ def num_steps(config: StageConfig, block_size: int) -> int:
     return config.tokens // (config.batch_size * block_size)
 
 
-def learning_rate(config: StageConfig, step: int, steps: int) -> float:
-    """Rate at one step of a warm-up, constant, linearly decaying schedule."""
-    warmup, decay = round(config.warmup * steps), round(config.decay * steps)
-    if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
-    if step >= steps - decay:
-        left = (steps - step) / (decay + 1)
-        return config.min_lr + (config.lr - config.min_lr) * left
-    return config.lr
+class LayerTrainer:
+    """One stage's optimizer step for any number of candidates, in one pass of the teacher.
 
+    Args:
+        teacher: Frozen.
+        jobs: Their mixers are trained in place.
+        stage: What they are trained for.
+    """
 
-def make_optimizer(parameters: Sequence[nn.Parameter], config: StageConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves vectors (biases, gains, skips) alone."""
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas
-    )
+    def __init__(self, teacher: Teacher, jobs: Sequence[LayerJob], stage: Stage) -> None:
+        self.teacher = teacher
+        self.jobs = jobs
+        self.stage = stage
+        self._by_layer: dict[int, list[int]] = {}
+        for number, job in enumerate(jobs):
+            self._by_layer.setdefault(job.layer, []).append(number)
+            if job.optimizer is None:
+                job.optimizer = ClippedAdamW(job.mixer.parameters(), stage.config)
+        # A row a job: sum of losses since the last entry of its curve, steps refused, last loss.
+        rows = [[job.loss_sum, float(job.bad_steps), math.nan] for job in jobs]
+        self._figures = torch.tensor(rows, dtype=torch.float64, device=teacher.device)
+        self._step = RecordedStep(self._train, teacher.device)
+
+    def step(self, tokens: Tensor, rate: float) -> None:
+        """Train on one batch.
+
+        Args:
+            tokens: ``(B, T)`` on the CPU, of the same shape each time.
+            rate: Learning rate.
+        """
+        if fresh := [number for number, job in enumerate(self.jobs) if not job.calibrated]:
+            self._calibrate(fresh, tokens)
+        for job in self.jobs:
+            assert job.optimizer is not None
+            job.optimizer.set_rate(rate)
+        self._step(tokens)
+        for job in self.jobs:
+            job.step += 1
+            job.loss_count += 1
+
+    def read(self) -> list[float]:
+        """Bring the jobs' figures up to date; returns the last losses.
+
+        Raises:
+            TrainingError: A candidate's gradient was not finite too often.
+        """
+        figures = self._figures.tolist()
+        for job, (loss_sum, bad_steps, _) in zip(self.jobs, figures, strict=True):
+            job.loss_sum, job.bad_steps = loss_sum, int(bad_steps)
+            if job.bad_steps > MAX_BAD_STEPS:
+                raise TrainingError(
+                    f"{job.name}: its gradient was not finite in {job.bad_steps} steps of stage "
+                    f"{self.stage.name}; lower the stage's lr (now {self.stage.config.lr})"
+                )
+        return [last for _, _, last in figures]
+
+    def close_entry(self, tokens: int) -> None:
+        """Add to each job's curve the mean loss since the last entry; ``read`` comes before."""
+        for job in self.jobs:
+            job.losses.append((self.stage.name, tokens, job.loss_sum / job.loss_count))
+            job.loss_sum, job.loss_count = 0.0, 0
+        self._figures[:, 0] = 0.0
+
+    def _calibrate(self, numbers: Sequence[int], tokens: Tensor) -> None:
+        fresh = set(numbers)
+
+        def on_layer(capture: LayerCapture) -> None:
+            for number in fresh.intersection(self._by_layer[capture.view.layer_idx]):
+                mixer = self.jobs[number].mixer
+                hidden, output = capture.hidden.to(mixer.dtype), capture.output.to(mixer.dtype)
+                mixer.calibrate(hidden, output, mask=capture.mask)
+
+        layers = {self.jobs[number].layer for number in numbers}
+        self.teacher.show(tokens.to(self.teacher.device), on_layer, layers=layers)
+        for number in numbers:
+            self.jobs[number].calibrated = True
+
+    def _train(self, tokens: Tensor) -> None:
+        def on_layer(capture: LayerCapture) -> None:
+            for number in self._by_layer[capture.view.layer_idx]:
+                self._update(number, capture)
+
+        matrices = self.stage.name == "matrix"
+        self.teacher.show(tokens, on_layer, layers=self._by_layer, matrices=matrices)
+
+    def _update(self, number: int, capture: LayerCapture) -> None:
+        job, optimizer = self.jobs[number], self.jobs[number].optimizer
+        assert optimizer is not None
+        optimizer.zero_grad(set_to_none=True)
+        if capture.hidden.dtype == torch.float16:
+            capture = dataclasses.replace(capture, hidden=capture.hidden.float())
+        with torch.enable_grad():
+            with computing_in(capture.hidden.dtype, capture.hidden.device):
+                loss = LOSSES[self.stage.name](job.mixer, capture)
+            loss.backward()
+        refused = optimizer.clipped_step(loss)
+        figures = self._figures[number]
+        figures[0] += loss.detach()
+        figures[1] += refused
+        figures[2] = loss.detach()
 
 
 def train_layers(
@@ -136,7 +223,6 @@ def train_layers(
             order = BlockOrder(
                 len(blocks), batch_size=stage.config.batch_size, seed=seed * 16 + number
             )
-            size = stage.config.batch_size * block_size
             began = max(0, done - first)
             with reporter.stage(
                 f"stage {STAGE_NUMBERS[stage.name]} ({stage.name})",
@@ -144,85 +230,65 @@ def train_layers(
                 unit="step",
                 done=began,
             ) as task:
-                for step in range(began, steps):
-                    loss = _train_step(teacher, jobs, blocks, order, stage, step, steps)
-                    finished = first + step + 1
-                    task.advance(1, tokens=size, loss=loss)
-                    if save is not None and save_every and finished % save_every == 0:
-                        for job in jobs:
-                            save(job)
+                _train_stage(
+                    LayerTrainer(teacher, jobs, stage),
+                    blocks,
+                    order,
+                    range(began, steps),
+                    task=task,
+                    save=save,
+                    # Saves are counted over all stages.
+                    saves_at={s - first for s in range(save_every, last, save_every or last)},
+                )
             for job in jobs:
                 job.optimizer = None
         first = last
 
 
-def _train_step(
-    teacher: Teacher,
-    jobs: Sequence[LayerJob],
+def _train_stage(
+    trainer: LayerTrainer,
     blocks: TokenBlocks,
     order: BlockOrder,
-    stage: Stage,
-    step: int,
-    steps: int,
-) -> float:
-    """One batch for every job; returns the mean loss over jobs."""
-    rate = learning_rate(stage.config, step, steps)
-    by_layer: dict[int, list[LayerJob]] = {}
-    for job in jobs:
-        by_layer.setdefault(job.layer, []).append(job)
-    losses: list[float] = []
+    steps: range,
+    *,
+    task: Task,
+    save: Callable[[LayerJob], None] | None,
+    saves_at: Collection[int],
+) -> None:
+    stage, block_size = trainer.stage, blocks.tokens.shape[1]
+    size = stage.config.batch_size * block_size
+    looked = time.perf_counter()
+    for step in steps:
+        rate = learning_rate(stage.config, step, steps.stop)
+        trainer.step(blocks.batch(order.indices(step)), rate)
+        finished = step + 1
+        ends = finished == steps.stop
+        # Powers of two keep the curve short whatever the budget is.
+        enters, saves = ends or finished & step == 0, save is not None and finished in saves_at
+        now = time.perf_counter()
+        if not (enters or saves or now - looked >= READ_EVERY):
+            task.advance(1, tokens=size)
+            continue
+        losses = trainer.read()
+        now = time.perf_counter()
+        for job in trainer.jobs:
+            # They are trained together, so each is charged its share.
+            job.seconds += (now - looked) / len(trainer.jobs)
+        looked = now
+        task.advance(1, tokens=size, loss=sum(losses) / len(losses))
+        if ends:
+            _check_losses(trainer, losses)
+        if enters:
+            trainer.close_entry(finished * size)
+        if saves and save is not None:
+            for job in trainer.jobs:
+                save(job)
 
-    def on_layer(capture: LayerCapture) -> None:
-        # Candidates are trained in float32, whatever type the teacher is held in.
-        inputs = dataclasses.replace(capture, hidden=capture.hidden.float())
-        for job in by_layer[capture.view.layer_idx]:
-            began = time.perf_counter()
-            losses.append(_update(job, inputs, stage, rate, step, steps))
-            job.seconds += time.perf_counter() - began
 
-    tokens = blocks.batch(order.indices(step)).to(teacher.device)
-    teacher.run(tokens, on_layer=on_layer, layers=by_layer, matrices=stage.name == "matrix")
-    return sum(losses) / len(losses)
-
-
-def _update(
-    job: LayerJob, capture: LayerCapture, stage: Stage, rate: float, step: int, steps: int
-) -> float:
-    if not job.calibrated:
-        job.mixer.calibrate(capture.hidden, capture.output, mask=capture.mask)
-        job.calibrated = True
-    parameters = [p for p in job.mixer.parameters() if p.requires_grad]
-    if job.optimizer is None:
-        job.optimizer = make_optimizer(parameters, stage.config)
-    for group in job.optimizer.param_groups:
-        group["lr"] = rate
-    with torch.enable_grad():
-        loss = LOSSES[stage.name](job.mixer, capture)
-        loss.backward()
-    norm = nn.utils.clip_grad_norm_(parameters, stage.config.grad_clip)
-    value = loss.item()
-    if torch.isfinite(norm):
-        job.optimizer.step()
-    else:
-        job.bad_steps += 1
-        if job.bad_steps > MAX_BAD_STEPS:
+def _check_losses(trainer: LayerTrainer, losses: Sequence[float]) -> None:
+    for job, loss in zip(trainer.jobs, losses, strict=True):
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"{job.name}: its gradient was not finite in {job.bad_steps} steps of stage "
-                f"{stage.name}; lower the stage's lr (now {stage.config.lr})"
+                f"{job.name}: its loss must be a number when stage {trainer.stage.name} ends, but "
+                f"is {loss}; lower the stage's lr (now {trainer.stage.config.lr})"
             )
-    job.optimizer.zero_grad(set_to_none=True)
-    job.step += 1
-    job.loss_sum += value
-    job.loss_count += 1
-    finished = step + 1
-    if finished == steps and not math.isfinite(value):
-        raise TrainingError(
-            f"{job.name}: its loss must be a number when stage {stage.name} ends, but is {value}; "
-            f"lower the stage's lr (now {stage.config.lr})"
-        )
-    # Powers of two keep the curve short whatever the budget is.
-    if finished == steps or finished & step == 0:
-        tokens = finished * capture.hidden.shape[0] * capture.hidden.shape[1]
-        job.losses.append((stage.name, tokens, job.loss_sum / job.loss_count))
-        job.loss_sum, job.loss_count = 0.0, 0
-    return value

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mohawk_nas.bank import Bank
+from mohawk_nas.capture import LayerCapture
 from mohawk_nas.config import OBJECTIVES
 from mohawk_nas.data import TokenBlocks
 from mohawk_nas.distill.hidden import relative_distance
@@ -23,7 +24,7 @@ from mohawk_nas.metrics import body, kl_of_hidden, kl_to, log_probabilities
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.student import assemble
-from mohawk_nas.teacher import LayerCapture, Teacher
+from mohawk_nas.teacher import Teacher
 
 __all__ = ["BankScorer", "PerTrialScorer"]
 

@@ -1,0 +1,91 @@
+"""Training steps without Python: recorded once as a CUDA graph, then replayed.
+
+A step of a small model is thousands of kernels of some microseconds each; started one by one they
+keep Python busy and the GPU waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["RecordedStep"]
+
+log = logging.getLogger(__name__)
+
+PLAIN_STEPS = 3
+"""Steps run plainly before the recording: kernels are compiled and tuned, optimizers made."""
+
+MAX_AHEAD = 8
+"""Steps that may wait on the GPU while Python prepares the next: data is there in time, and a
+number that is read is not old."""
+
+
+class RecordedStep:
+    """A step whose inputs keep their shapes and whose results stay in tensors of its own.
+
+    On a GPU its first calls run plainly, then it is recorded and replayed. A step that cannot be
+    recorded, because something in it waits for the GPU, runs plainly for ever.
+
+    Args:
+        step: Takes the inputs and returns nothing. It must not depend on anything in Python that
+            changes from call to call.
+        device: Where it runs.
+    """
+
+    def __init__(self, step: Callable[..., None], device: torch.device) -> None:
+        self._step = step
+        self._device = device
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._can_record = device.type == "cuda"
+        self._inputs: tuple[Tensor, ...] = ()
+        self._under_way: deque[torch.cuda.Event] = deque()
+        # What autograd and the libraries set up on first use belongs to a stream, so the plain
+        # steps run on the one that is recorded.
+        self._side = torch.cuda.Stream(device) if self._can_record else None
+
+    def __call__(self, *inputs: Tensor) -> None:
+        """One step on CPU tensors; returns before the GPU has finished."""
+        if self._device.type != "cuda":
+            self._step(*inputs)
+            return
+        if self._calls == 0:
+            self._inputs = tuple(tensor.to(self._device) for tensor in inputs)
+        for static, tensor in zip(self._inputs, inputs, strict=True):
+            static.copy_(tensor.pin_memory(), non_blocking=True)
+        if self._can_record and self._calls == PLAIN_STEPS:
+            self._record()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._run_aside()
+        self._calls += 1
+        if len(self._under_way) == MAX_AHEAD:
+            self._under_way.popleft().synchronize()
+        self._under_way.append(torch.cuda.Event())
+        self._under_way[-1].record()
+
+    def _run_aside(self) -> None:
+        assert self._side is not None
+        current = torch.cuda.current_stream()
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            self._step(*self._inputs)
+        current.wait_stream(self._side)
+
+    def _record(self) -> None:
+        self._can_record = False
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._side):
+                self._step(*self._inputs)
+        except RuntimeError as e:
+            torch.cuda.synchronize()
+            log.info("the step cannot be recorded as a CUDA graph and runs plainly: %s", e)
+        else:
+            self._graph = graph
