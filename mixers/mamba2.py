@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +34,13 @@ from mohawk_nas.mixer import (
     MixerState,
 )
 
-from ._scan import chunked_scan, decay_mask
+from ._backends import find, require
+from ._scan import decay_mask, scan
 
 # SiLU of this is 1: the gate starts open.
 OPEN_GATE = 1.278464542761
 
-# Smallest step. Kernels that want x / dt divide by it; a floor of 1e-4 would already turn a decay
-# of 0.91 over 2,048 tokens into 0.81.
+# Smallest step. A floor of 1e-4 would already turn a decay of 0.91 over 2,048 tokens into 0.81.
 MIN_STEP = 1e-6
 
 # Range of -log(alpha) over the heads of a mixer that starts from attention.
@@ -60,8 +62,14 @@ class Mamba2Config(MixerConfig):
     by the rule of :meth:`Mixer.head_pairs`."""
     d_conv: int = 4
     """Width of the causal convolution; 1 leaves it out in effect."""
-    chunk_size: int = 64
-    """Tokens a chunk of the scan: a matter of speed alone."""
+    chunk_size: int = field(default=64, metadata={"identity": False})
+    """Tokens a chunk of the plain scan: a matter of speed alone."""
+    backend: Literal["auto", "mamba_ssm", "torch"] = field(
+        default="auto", metadata={"identity": False}
+    )
+    """What computes: mamba-ssm's kernels, which need a GPU, or plain torch. ``auto`` takes the
+    fastest that is installed and fits. The convolution goes by causal-conv1d unless this is
+    ``torch``, where that is installed and fits. A matter of speed and rounding alone."""
 
     def __post_init__(self) -> None:
         for name in ("d_state", "num_heads", "d_conv", "chunk_size"):
@@ -124,7 +132,10 @@ class Mamba2Mixer(Mixer):
 
     def __init__(self, config: Mamba2Config, view: AttentionView) -> None:
         super().__init__()
+        if config.backend == "mamba_ssm":
+            require("mamba_ssm")
         self.config = config
+        self._scan = partial(scan, backend=config.backend, chunk_size=config.chunk_size)
         self.num_heads, self.head_width, self.d_state = config.sizes(view)
         heads, width, state = self.num_heads, self.head_width, self.d_state
         # x, B, C pass the convolution; z is the gate, a the decay.
@@ -149,11 +160,10 @@ class Mamba2Mixer(Mixer):
     ) -> Tensor:
         x, b, c, log_decay, gate = self._inputs(hidden, mask, cache)
         state = cache.tensors.get("ssm") if cache is not None else None
-        mixed, state = chunked_scan(c, b, x, log_decay, state, chunk_size=self.config.chunk_size)
+        mixed, state = self._scan(c, b, x, log_decay, state, skip=self.D)
         if cache is not None:
             cache.tensors["ssm"] = state
             cache.num_tokens += hidden.shape[1]
-        mixed = mixed + self.D.to(x.dtype)[:, None, None] * x
         return self._project_out(mixed, gate)
 
     def values(self, hidden: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -226,7 +236,7 @@ class Mamba2Mixer(Mixer):
         if self.config.init != "attention":
             return
         x, b, c, log_decay, gate = self._inputs(hidden, mask)
-        scanned, _ = chunked_scan(c, b, x, log_decay, chunk_size=self.config.chunk_size)
+        scanned, _ = self._scan(c, b, x, log_decay)
         parts = [self._gated(part, gate).float() for part in (scanned, x)]
         features = torch.cat(parts, dim=-1).flatten(0, 1)  # (B T, 2 H P)
         wanted = (target.float() - self.out_proj.bias).flatten(0, 1)
@@ -235,8 +245,9 @@ class Mamba2Mixer(Mixer):
         # Each of the 2 H unknowns multiplies one block of features sent through the output
         # projection, so the normal equations follow from second moments of the features alone.
         weight = torch.cat([self.out_proj.weight.float()] * 2, dim=1)  # (D, 2 H P)
-        gram = (features.T @ features) * (weight.T @ weight)
-        right = (features.T @ wanted) * weight.T
+        with torch.autocast(hidden.device.type, enabled=False):
+            gram = (features.T @ features) * (weight.T @ weight)
+            right = (features.T @ wanted) * weight.T
         blocks = 2 * self.num_heads
         gram = gram.unflatten(0, (blocks, -1)).unflatten(2, (blocks, -1)).sum((1, 3)).double()
         right_sum = right.unflatten(0, (blocks, -1)).sum((1, 2)).double()
@@ -252,15 +263,16 @@ class Mamba2Mixer(Mixer):
         self, hidden: Tensor, mask: Tensor | None, cache: MixerState | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x ``(B, H, T, P)``, B, C ``(B, H, T, N)``, log-decay ``(B, H, T)``, z ``(B, T, H P)``."""
-        real = None if mask is None else mask[..., None].to(hidden.dtype)
-        if real is not None:
-            hidden = hidden * real
+        if mask is not None:
+            hidden = hidden * mask[..., None].to(hidden.dtype)
         mixed, gate, a = self.in_proj(hidden).split(
             [sum(self.widths), self.widths[0], self.num_heads], dim=-1
         )
         if self.b_norm is not None or self.c_norm is not None:
             x, b, c = mixed.split(self.widths, dim=-1)
             mixed = torch.cat([x, self._normed(self.b_norm, b), self._normed(self.c_norm, c)], -1)
+        # Under autocast no longer the type of the input.
+        real = None if mask is None else mask[..., None].to(mixed.dtype)
         if real is not None:
             # Biases would reach the convolution's window from padded positions.
             mixed = mixed * real
@@ -280,19 +292,63 @@ class Mamba2Mixer(Mixer):
 
     def _convolved(self, inputs: Tensor, cache: MixerState | None) -> Tensor:
         """Causal depthwise convolution of ``(B, T, channels)``, from the cached inputs on."""
+        before = None if cache is None else cache.tensors.get("conv")
+        if before is not None:
+            before = before.to(inputs.dtype)
+        kernels = self._conv_kernels(inputs)
+        if kernels is None:
+            return self._convolved_by_torch(inputs, before, cache)
+        if inputs.stride(2) != 1 or inputs.stride(0) % 8 or inputs.stride(1) % 8:
+            inputs = inputs.contiguous()
         reach = self.config.d_conv - 1
-        before = cache.tensors.get("conv") if cache is not None else None
+        # The kernels' (B, channels, T), with channels next to each other in memory.
+        options = {"weight": self.conv_weight, "bias": self.conv_bias, "activation": None}
+        with torch.cuda.device(inputs.device):
+            if before is not None and inputs.shape[1] == 1 and not torch.is_grad_enabled():
+                assert cache is not None
+                cache.tensors["conv"] = before
+                # Shifts the new inputs into `before`.
+                out: Tensor = kernels.causal_conv1d_update(
+                    x=inputs.mT, conv_state=before.mT, **options
+                )
+                return out.mT
+            out = kernels.causal_conv1d_fn(
+                x=inputs.mT, initial_states=None if before is None else before.mT, **options
+            )
+        if cache is not None:
+            if before is None:
+                before = inputs.new_zeros(inputs.shape[0], reach, inputs.shape[2])
+            last = torch.cat([before, inputs[:, -reach:]], dim=1)[:, -reach:]
+            cache.tensors["conv"] = last.clone()
+        return out.mT
+
+    def _conv_kernels(self, inputs: Tensor) -> SimpleNamespace | None:
+        """causal-conv1d's functions where they can do this convolution."""
+        fits = 2 <= self.config.d_conv <= 4 and inputs.shape[2] % 8 == 0
+        if not inputs.is_cuda or not fits or self.config.backend == "torch":
+            return None
+        return find("causal_conv1d") if inputs.dtype != torch.float64 else None
+
+    def _convolved_by_torch(
+        self, inputs: Tensor, before: Tensor | None, cache: MixerState | None
+    ) -> Tensor:
+        length, reach = inputs.shape[1], self.config.d_conv - 1
         if before is None:
             before = inputs.new_zeros(inputs.shape[0], reach, inputs.shape[2])
         window = torch.cat([before, inputs], dim=1)
         if cache is not None:
             # A copy, since a slice would keep all of the prompt in memory.
             cache.tensors["conv"] = window[:, window.shape[1] - reach :].clone()
-        length = inputs.shape[1]
         # A few shifted products: on a CPU faster than a grouped convolution of one channel a group.
-        out = self.conv_bias.expand_as(inputs)
+        # Weights in the inputs' type, or products would be float32 whatever autocast says.
+        taps = self.conv_weight.to(inputs.dtype)
+        out = self.conv_bias.to(inputs.dtype).expand_as(inputs)
         for tap in range(reach + 1):
-            out = out + self.conv_weight[:, tap] * window[:, tap : tap + length]
+            shifted = window[:, tap : tap + length]
+            if inputs.is_cuda:
+                out = torch.addcmul(out, taps[:, tap], shifted)
+            else:
+                out = out + taps[:, tap] * shifted
         return out
 
     def _normed(self, norm: nn.Module | None, flat: Tensor) -> Tensor:
@@ -301,8 +357,11 @@ class Mamba2Mixer(Mixer):
         weight = norm.weight
         assert isinstance(weight, Tensor)
         if weight.numel() == flat.shape[-1]:
-            return norm(flat)  # type: ignore[no-any-return]
-        return norm(flat.unflatten(-1, (self.num_heads, -1))).flatten(-2)  # type: ignore[no-any-return]
+            normed: Tensor = norm(flat)
+        else:
+            normed = norm(flat.unflatten(-1, (self.num_heads, -1))).flatten(-2)
+        # Under autocast norms put out float32.
+        return normed.to(flat.dtype)
 
     def _gated(self, mixed: Tensor, gate: Tensor) -> Tensor:
         return mixed.transpose(1, 2).flatten(2) * F.silu(gate)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,6 +33,7 @@ __all__ = [
     "MixerState",
     "Projections",
     "build_mixer",
+    "identity_of",
     "mixer_config",
 ]
 
@@ -214,7 +215,8 @@ class MixerConfig(ABC):
     """Choices that make a mixer, and what the mixer costs in a given layer.
 
     Subclasses add fields, all with defaults, and are registered under the stem of their file with
-    ``@MIXERS.register(name)``. What depends on the model comes with the view.
+    ``@MIXERS.register(name)``. What depends on the model comes with the view. A field that decides
+    speed alone is given ``metadata={"identity": False}``, see :func:`identity_of`.
     """
 
     symbol: ClassVar[str]
@@ -370,6 +372,17 @@ def mixer_config(choices: Mapping[str, Any], *, where: str = "candidate") -> Mix
         raise ConfigError(f"{where}: {str(e).splitlines()[0]}") from e
     assert isinstance(built, MixerConfig)
     return built
+
+
+def identity_of(config: MixerConfig) -> dict[str, Any]:
+    """The choices that a trained mixer's weights depend on.
+
+    Left out are fields with ``metadata={"identity": False}``: back ends, chunk sizes and what else
+    decides speed and rounding alone. Candidates that differ in nothing else share bank entries and
+    initial weights.
+    """
+    left_out = {f.name for f in fields(config) if not f.metadata.get("identity", True)}
+    return {name: value for name, value in asdict(config).items() if name not in left_out}
 
 
 def build_mixer(config: MixerConfig, view: AttentionView, *, seed: int | None = None) -> Mixer:

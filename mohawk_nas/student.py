@@ -17,7 +17,14 @@ from mohawk_nas.mixer import Mixer, MixerState
 from mohawk_nas.precision import computing_in
 from mohawk_nas.teacher import Slot, Teacher, find_attention
 
-__all__ = ["MixerSlot", "MixerSource", "Padding", "assemble", "install_mixers"]
+__all__ = [
+    "MixerSlot",
+    "MixerSource",
+    "Padding",
+    "SwitchableStudent",
+    "assemble",
+    "install_mixers",
+]
 
 
 class MixerSource(Protocol):
@@ -118,12 +125,7 @@ def assemble(teacher: Teacher, layout: Layout, bank: MixerSource, *, share: bool
     """
     layout.check(sorted({ATTENTION, *layout.candidates}), num_layers=teacher.num_layers)
     mixers = {i: bank.mixer(i, layout[i]) for i in layout.replaced_layers}
-    memo: dict[int, Any] = {}
-    if share:
-        # deepcopy takes what is in its memo for a finished copy, so modules and configurations are
-        # copied and tensors are not.
-        tensors = [*teacher.model.parameters(), *teacher.model.buffers()]
-        memo = {id(tensor): tensor for tensor in tensors}
+    memo = _shared_tensors(teacher) if share else {}
     for i in mixers:
         # Replaced anyway.
         memo[id(teacher.slots[i].get(teacher.model))] = None
@@ -132,6 +134,50 @@ def assemble(teacher: Teacher, layout: Layout, bank: MixerSource, *, share: bool
         mixers = {i: copy.deepcopy(mixer) for i, mixer in mixers.items()}
     install_mixers(student, mixers, teacher.slots)
     return student.eval()
+
+
+def _shared_tensors(teacher: Teacher) -> dict[int, Any]:
+    # deepcopy takes what is in its memo for a finished copy, so modules and configurations are
+    # copied and tensors are not.
+    tensors = [*teacher.model.parameters(), *teacher.model.buffers()]
+    return {id(tensor): tensor for tensor in tensors}
+
+
+class SwitchableStudent:
+    """One student that takes on layout after layout; it shares every weight.
+
+    Args:
+        teacher: Left as it is.
+        bank: Where mixers come from.
+    """
+
+    def __init__(self, teacher: Teacher, bank: MixerSource) -> None:
+        self.model = copy.deepcopy(teacher.model, _shared_tensors(teacher)).eval()
+        self._bank = bank
+        self._slots = teacher.slots
+        self._attention = [slot.get(self.model) for slot in teacher.slots]
+        self._padding = Padding()
+        self.model.base_model.register_forward_pre_hook(self._padding.remember, with_kwargs=True)
+
+    @torch.no_grad()
+    def switch(self, layout: Layout) -> list[nn.Module]:
+        """Become the hybrid that a layout describes.
+
+        Returns:
+            What now stands in each layer's attention slot.
+        """
+        standing = list(self._attention)
+        for i in layout.replaced_layers:
+            mixer = self._bank.mixer(i, layout[i])
+            standing[i] = MixerSlot(mixer, layer_idx=i, padding=self._padding)
+        for slot, module in zip(self._slots, standing, strict=True):
+            slot.put(self.model, module)
+        return standing
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, each holding one attention slot."""
+        return [self.model.get_submodule(slot.parent) for slot in self._slots]
 
 
 def install_mixers(model: Any, mixers: dict[int, Mixer], slots: list[Slot] | None = None) -> Any:

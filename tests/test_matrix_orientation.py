@@ -1,5 +1,12 @@
 """Stage 1's distance without matrices is the distance of the matrices."""
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,8 +75,14 @@ def naive_distance(given, *, scaling, heads, window=None, mask=None):
 
 
 def run(distance, given, *, dtype=torch.float32, with_factors=True, **options):
-    """Distances, and the gradient of a random combination of them for what is trained."""
-    given = {n: None if t is None else t.detach().to(dtype) for n, t in given.items()}
+    """Distances, and the gradient of a random combination of them for what is trained.
+
+    ``dtype`` None leaves types as they are.
+    """
+    given = {
+        n: None if t is None else t.detach().to(dtype or t.dtype, copy=True)
+        for n, t in given.items()
+    }
     for name in TRAINED:
         if given[name] is not None:
             given[name].requires_grad_()
@@ -79,7 +92,7 @@ def run(distance, given, *, dtype=torch.float32, with_factors=True, **options):
     else:
         result = distance(given, **options)
     weights = torch.rand(result.shape, generator=torch.Generator().manual_seed(3))
-    (result * weights.to(dtype)).sum().backward()
+    (result * weights.to(result)).sum().backward()
     found = {name: given[name].grad for name in TRAINED if given[name] is not None}
     return {"distance": result.detach(), **found}
 
@@ -221,6 +234,128 @@ def test_what_waits_for_backward_grows_with_the_length_alone(dtype):
             )
         held[length] = sum(storage.nbytes() for storage in storages.values())
     assert held[512] - held[256] <= 2.2 * (held[256] - held[128]), held
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_gradients_in_float64_are_those_of_small_steps(window):
+    given = {n: t.double() for n, t in operands(7, teacher_heads=6, kv_heads=2).items()}
+    pairs = evenly(3, 6)
+
+    def distance(*trained):
+        factors = MatrixFactors(**dict(zip(TRAINED, trained, strict=True)))
+        options = {"scaling": 0.6, "heads": pairs, "window": window, "block_size": 3}
+        return matrix_distance(given["query"], given["key"], factors, **options)
+
+    trained = [given[name].requires_grad_() for name in TRAINED]
+    assert distance(*trained).dtype == torch.float64
+    assert torch.autograd.gradcheck(distance, trained)
+
+
+# The fused kernel. On a GPU: test_matrix_orientation_gpu.py.
+
+
+def test_a_kernel_that_cannot_run_says_why():
+    given = operands(5)
+    factors = MatrixFactors(**{name: given[name] for name in TRAINED})
+    options = {"scaling": 0.6, "heads": torch.arange(3)}
+
+    def distance(**more):
+        return matrix_distance(given["query"], given["key"], factors, **options, **more)
+
+    assert torch.equal(distance(), distance(backend="torch"))
+    with pytest.raises(ValueError, match="backend 'triton' cannot run: the tensors are on cpu"):
+        distance(backend="triton")
+    with pytest.raises(ValueError, match="has a padding mask"):
+        distance(backend="triton", mask=torch.ones(2, 5, dtype=torch.bool))
+
+
+INTERPRETED = {
+    "short": ({"length": 17}, {}),
+    "one token": ({"length": 1}, {}),
+    "grouped heads": (
+        {"length": 37, "heads": 4, "teacher_heads": 6, "kv_heads": 2, "width": 5, "state": 18},
+        {},
+    ),
+    "window": ({"length": 50}, {"window": 5}),
+    "window longer than a tile": ({"length": 70, "batch": 1}, {"window": 40}),
+    "no decay": ({"length": 45}, {"decay": -1e-6}),
+    "strong decay": ({"length": 130, "batch": 1}, {"decay": -20.0}),
+    "strong decay in a window": ({"length": 130, "batch": 1}, {"decay": -20.0, "window": 30}),
+    "no diagonal": ({"length": 33}, {"diagonal": None}),
+    # The interpreter multiplies bfloat16 as if its bits were integers.
+    "float16": ({"length": 37, "state": 18}, {"dtype": torch.float16}),
+}
+
+
+def interpreted():
+    """Relative errors of the kernel by case and tensor; to be called where Triton interprets."""
+    import triton.runtime.interpreter as interpreter
+
+    from mohawk_nas.kernels import _matrix_orientation_triton as fused
+
+    # numpy >= 2.4 makes no integer of an array with one element, which Triton 3.6 relies on.
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+    # Small tiles, unequal from kernel to kernel, so that small inputs have many.
+    one, two = fused.Launch(16, 16, 4, 1), fused.Launch(32, 16, 4, 1)
+    fused.choose = lambda *args, **kwargs: fused.Launches(two, one, two)
+    torch.set_num_threads(1)
+    # Uninitialised memory then holds NaN.
+    torch.use_deterministic_algorithms(True)
+    errors = {}
+    for case, (shape, settings) in INTERPRETED.items():
+        given = operands(**shape)
+        settings = dict(settings)
+        if "decay" in settings:
+            decay = settings.pop("decay")
+            given["log_decay"] = decay * (0.5 + torch.rand_like(given["log_decay"]))
+        if "diagonal" in settings:
+            given["diagonal"] = settings.pop("diagonal")
+        dtype = settings.pop("dtype", torch.float32)
+        for name in ("query", "key", "c", "b"):
+            given[name] = given[name].to(dtype)
+        # As a mixer hands them over: heads beside each other in a token, decays last.
+        for name in ("c", "b", "log_decay"):
+            given[name] = given[name].transpose(1, 2).contiguous().transpose(1, 2)
+        pairs = evenly(given["c"].shape[1], given["query"].shape[1])
+        options = {"scaling": 0.6, "heads": pairs, **settings}
+        actual = run(matrix_distance, given, dtype=None, backend="triton", **options)
+        expected = run(naive_distance, given, dtype=torch.float64, with_factors=False, **options)
+        errors[case] = {}
+        for name, tensor in expected.items():
+            norm = max(tensor.norm().item(), 1e-30)
+            errors[case][name] = ((actual[name].double() - tensor).norm() / norm).item()
+            assert actual[name].dtype == (given.get(name, tensor.float()).dtype), (case, name)
+    print(json.dumps(errors))
+
+
+@pytest.fixture(scope="module")
+def interpreted_errors():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    tests = Path(__file__).parent
+    paths = [str(tests), str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {__name__.split('.')[-1]} as t; t.interpreted()"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", INTERPRETED)
+def test_the_fused_kernel_is_the_matrices(interpreted_errors, case):
+    found = interpreted_errors[case]
+    assert set(found) >= {"distance", "c", "b", "log_decay"}
+    limit = 1e-3 if case == "float16" else 2e-6
+    assert all(error <= limit for error in found.values()), found
 
 
 # Stage 1 itself

@@ -10,10 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mohawk_nas.bank import candidate_seed
 from mohawk_nas.config import TeacherConfig
 from mohawk_nas.distill.hidden import relative_distance
 from mohawk_nas.errors import ConfigError, MixerError, RegistryError
-from mohawk_nas.mixer import MIXERS, Mixer, MixerConfig, MixerState, build_mixer, mixer_config
+from mohawk_nas.mixer import (
+    MIXERS,
+    Mixer,
+    MixerConfig,
+    MixerState,
+    build_mixer,
+    identity_of,
+    mixer_config,
+)
+from mohawk_nas.mixers import _backends
 from mohawk_nas.teacher import Teacher, load_teacher
 from mohawk_nas.testing import MixerContract, tiny_model, tiny_view
 
@@ -319,6 +329,50 @@ def test_mamba2_refuses_layers_it_does_not_fit(options, arch, message):
     view = tiny_view(arch, **sizes)
     with pytest.raises(MixerError, match=message):
         build_mixer(mamba2(**options), view, seed=0)
+
+
+def test_mamba2_speed_is_no_part_of_what_it_is():
+    plain, fast = mamba2(), mamba2(chunk_size=128, backend="torch")
+    assert identity_of(plain) == identity_of(fast)
+    assert set(identity_of(plain)) == {"init", "d_state", "num_heads", "d_conv"}
+    assert candidate_seed(0, 1, plain) == candidate_seed(0, 1, fast)
+    assert candidate_seed(0, 1, plain) != candidate_seed(0, 1, mamba2(d_conv=3))
+
+
+def test_mamba2_refuses_a_back_end_it_cannot_have(monkeypatch):
+    with pytest.raises(ConfigError, match=r"candidate\.backend: .*'cuda'"):
+        mamba2(backend="cuda")
+    monkeypatch.setattr(_backends, "_load", lambda name: (None, f"{name} is not installed"))
+    with pytest.raises(MixerError, match=r"mamba_ssm is not installed; install it with `pip"):
+        build_mixer(mamba2(backend="mamba_ssm"), tiny_view(), seed=0)
+    build_mixer(mamba2(backend="torch"), tiny_view(), seed=0)
+    # It may be installed and the tensors on a CPU.
+    monkeypatch.setattr(_backends, "_load", lambda name: (object(), ""))
+    mixer = build_mixer(mamba2(backend="mamba_ssm"), tiny_view(), seed=0)
+    with pytest.raises(MixerError, match="needs a CUDA device"):
+        mixer(torch.zeros(1, 5, 24))
+
+
+# With norms in float32, and without.
+@pytest.mark.parametrize("family", ["llama-biases", "qwen3", "olmo2"])
+@torch.no_grad()
+def test_mamba2_computes_in_bfloat16_under_autocast(family):
+    contract = type("Contract", (Mamba2Contract,), {"config": mamba2()})()
+    view = view_of(family)
+    contract.view = lambda **sizes: view
+    mixer, hidden = contract.mixer(), contract.hidden(3, 33)
+    mask = torch.ones(3, 33, dtype=torch.bool)
+    mask[1, :9] = False
+    for given in (None, mask):
+        expected = mixer(hidden, mask=given)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = mixer(hidden, mask=given)
+            x, b, c, log_decay, gate = mixer._inputs(hidden, given)
+        assert {t.dtype for t in (output, x, b, c, gate)} == {torch.bfloat16}
+        assert log_decay.dtype == torch.float32
+        real = slice(None) if given is None else given
+        error = (output.float() - expected)[real].norm() / expected[real].norm()
+        assert error < 2e-2
 
 
 @pytest.mark.parametrize("name", ["d_state", "num_heads", "d_conv", "chunk_size"])

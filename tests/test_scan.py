@@ -1,9 +1,29 @@
-"""The chunked scan is the recurrence: outputs, final state and every gradient."""
+"""The chunked scan is the recurrence: outputs, final state and every gradient.
+
+The kernels that stand in for it on a GPU are tested in test_scan_gpu.py; here, how they are chosen.
+"""
+
+import copy
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mohawk_nas.mixers._scan import chunked_scan, decay_mask, naive_scan
+from mohawk_nas.errors import MixerError
+from mohawk_nas.mixers import _backends, _scan
+from mohawk_nas.mixers._scan import (
+    chunked_scan,
+    decay_mask,
+    naive_scan,
+    pass_by_product,
+    pass_one_by_one,
+    scan,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -148,3 +168,227 @@ def test_decay_mask_has_finite_gradients_where_it_is_masked():
     expected = torch.tensor([[1, 0, 0], [0, 1, 0], [0, torch.tensor(-0.5).exp(), 1]])
     torch.testing.assert_close(mask.detach(), expected)
     assert torch.isfinite(total.grad).all()
+
+
+@pytest.mark.parametrize("decays", [(-2.0, -0.01), (-100.0, -60.0), (-1e-3, -1e-6)])
+@pytest.mark.parametrize("chunks", [1, 2, 33])
+def test_states_pass_by_a_product_as_one_by_one(chunks, decays):
+    operands = inputs(chunks, decays=decays)
+    added = torch.einsum("bhkn,bhkp->bhknp", operands["b"], operands["x"]).detach()
+    operands = {"h": operands["state"], "added": added, "total": operands["log_decay"]}
+    expected = run(pass_one_by_one, operands)
+    single = {name: tensor.detach().float() for name, tensor in operands.items()}
+    assert_near(run(pass_by_product, single), expected, 2e-6)
+
+
+def test_scan_on_a_cpu_is_the_chunked_scan_and_the_skip():
+    operands = inputs(33, dtype=torch.float32)
+    skip = torch.tensor([0.5, -2.0])
+    expected, state = chunked_scan(*operands.values(), chunk_size=16)
+    for backend in ("auto", "torch"):
+        options = {"backend": backend, "chunk_size": 16}
+        y, final = scan(*operands.values(), **options)
+        assert torch.equal(y, expected) and torch.equal(final, state)
+        y, _ = scan(*operands.values(), skip=skip, **options)
+        assert torch.equal(y, expected + skip[:, None, None] * operands["x"])
+    with pytest.raises(MixerError, match=r"backend mamba_ssm: needs a CUDA device, .* on cpu"):
+        scan(*operands.values(), backend="mamba_ssm")
+
+
+# Which back end
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A function that writes a file of a fake package; real ones are out of sight meanwhile."""
+    _backends._load.cache_clear()
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("mamba_ssm", "causal_conv1d"):
+            monkeypatch.delitem(sys.modules, name)
+    for name in ("mamba_ssm", "causal_conv1d"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(path, source):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(source)
+        name = path.split("/")[0].removesuffix(".py")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    yield write
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("mamba_ssm", "causal_conv1d"):
+            del sys.modules[name]
+    _backends._load.cache_clear()
+
+
+def mamba_ssm_source(**changes):
+    """Functions named and with arguments as in mamba-ssm, that do nothing."""
+    taken = _backends._MAMBA_SSM | changes
+    return "".join(
+        f"def {name}({', '.join(arguments.split())}): pass\n"
+        for name, arguments in taken.items()
+        if arguments
+    )
+
+
+def on_gpu(dtype=torch.bfloat16):
+    return SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0")
+
+
+def test_without_mamba_ssm_plain_torch_runs(packages, caplog):
+    caplog.set_level(logging.INFO, "mohawk_nas")
+    for _ in range(2):
+        assert _scan._kernels("auto", on_gpu(), products=True) is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith("mamba_ssm is not installed: plain torch")
+    with pytest.raises(MixerError, match=r"backend mamba_ssm: mamba_ssm is not installed; install"):
+        _scan._kernels("mamba_ssm", on_gpu(), products=True)
+
+
+@pytest.mark.parametrize("kind", ["ImportError", "OSError", "RuntimeError"])
+def test_a_package_that_does_not_import_is_passed_over(packages, caplog, kind):
+    packages("mamba_ssm/__init__.py", f"raise {kind}('undefined symbol: _ZN3c10\\nand so on')")
+    caplog.set_level(logging.INFO, "mohawk_nas")
+    for _ in range(2):
+        assert _scan._kernels("auto", on_gpu(), products=True) is None
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"mamba_ssm cannot be used ({kind}: undefined symbol: _ZN3c10)" in record.getMessage()
+    with pytest.raises(MixerError, match=rf"cannot be used \({kind}: .*pip install"):
+        _scan._kernels("mamba_ssm", on_gpu(), products=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"_chunk_scan_bwd_dC": ""}, "has no _chunk_scan_bwd_dC"),
+        ({"_chunk_state_fwd": "B x dt states_in_fp32"}, "_chunk_state_fwd does not take"),
+    ],
+)
+def test_another_version_of_private_functions_is_passed_over(packages, changes, problem):
+    for name in ("__init__", "ops/__init__", "ops/triton/__init__"):
+        packages(f"mamba_ssm/{name}.py", "")
+    packages("mamba_ssm/ops/triton/ssd_combined.py", mamba_ssm_source(**changes))
+    packages("mamba_ssm/ops/triton/selective_state_update.py", "")
+    assert _scan._kernels("auto", on_gpu(), products=True) is None
+    with pytest.raises(MixerError, match=problem):
+        _scan._kernels("mamba_ssm", on_gpu(), products=True)
+
+
+def test_mamba_ssm_is_taken_where_it_fits(packages, caplog):
+    for name in ("ops/__init__", "ops/triton/__init__"):
+        packages(f"mamba_ssm/{name}.py", "")
+    packages("mamba_ssm/__init__.py", "__version__ = '2.3.2'")
+    packages("mamba_ssm/ops/triton/ssd_combined.py", mamba_ssm_source())
+    packages("mamba_ssm/ops/triton/selective_state_update.py", "")
+    pytest.importorskip("triton")
+    caplog.set_level(logging.INFO, "mohawk_nas")
+    for backend in ("auto", "mamba_ssm", "auto"):
+        assert _scan._kernels(backend, on_gpu(), products=True) is not None
+    assert [r.getMessage() for r in caplog.records] == ["mamba_ssm 2.3.2 is used"]
+    assert _scan._kernels("torch", on_gpu(), products=True) is None
+    assert _scan._kernels("auto", on_gpu(torch.float64), products=True) is None
+    cpu = torch.zeros(1, dtype=torch.bfloat16)
+    assert _scan._kernels("auto", cpu, products=True) is None
+    # Its float32 products are TF32.
+    single = on_gpu(torch.float32)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert _scan._kernels("auto", single, products=True) is None
+        assert _scan._kernels("auto", single, products=False) is not None
+        assert _scan._kernels("mamba_ssm", single, products=True) is not None
+        torch.set_float32_matmul_precision("high")
+        assert _scan._kernels("auto", single, products=True) is not None
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_nothing_optional_is_imported_on_a_cpu(packages, tmp_path):
+    packages("mamba_ssm/__init__.py", "raise SystemExit('imported')")
+    packages("causal_conv1d/__init__.py", "raise SystemExit('imported')")
+    program = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+import torch
+from mohawk_nas.mixer import build_mixer, mixer_config
+from mohawk_nas.testing import tiny_view
+build_mixer(mixer_config({{"mixer": "mamba2"}}), tiny_view(), seed=0)(torch.zeros(1, 5, 24))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_step_by_the_decoding_kernel_is_the_recurrence():
+    """With a stand-in that computes what mamba-ssm's documentation says."""
+
+    def selective_state_update(state, x, dt, A, B, C, D, dt_bias):
+        dt = dt + dt_bias
+        state *= (dt[..., None] * A).exp()
+        state += dt[..., None] * B[:, :, None] * x[..., None]
+        return (state * C[:, :, None]).sum(-1) + D * x
+
+    kernels = SimpleNamespace(selective_state_update=selective_state_update)
+    operands = {n: t.detach() for n, t in inputs(1, dtype=torch.float32).items()}
+    skip = torch.tensor([0.5, -2.0])
+    for given in (None, skip):
+        expected, after = naive_scan(*operands.values())
+        if given is not None:
+            expected = expected + given[:, None, None] * operands["x"]
+        state = operands["state"].clone()
+        c, b, x, log_decay = (operands[name] for name in NAMES[:4])
+        y, final = _scan._kernel_step(kernels, c, b, x, log_decay, state, given)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(final, after)
+        torch.testing.assert_close(state, after)
+
+
+# What is kept of tuning
+
+
+@dataclass(unsafe_hash=True)
+class Config:
+    size: int
+    pre_hook: object = None
+
+
+class Tuner:
+    """Caches as Triton's autotuner does: on disk as JSON, and not with hooks."""
+
+    def __init__(self, disk, **sizes):
+        self.disk, self.nargs, self.cache = disk, sizes, {}
+        self.measured = 0
+
+    def check_disk_cache(self, key, configs, benchmark):
+        assert not any(config.pre_hook for config in configs)
+        entry = json.dumps([key, [config.size for config in configs]])
+        if entry in self.disk:
+            timings = {Config(**config): time for config, time in json.loads(self.disk[entry])}
+            self.cache[key] = min(timings, key=timings.get)
+            return True
+        benchmark()
+        self.disk[entry] = json.dumps([(vars(c), t) for c, t in self.configs_timings.items()])
+        return False
+
+    def run(self, configs):
+        def benchmark():
+            self.measured += 1
+            self.configs_timings = {config: abs(config.size - 3) for config in configs}
+            self.cache["key",] = min(self.configs_timings, key=self.configs_timings.get)
+
+        stored = _backends._tuned(self, self.check_disk_cache, ("key",), configs, benchmark)
+        assert list(self.cache) == [("key",)]
+        return self.cache["key",], stored
+
+
+def test_tuning_is_kept_with_its_hooks():
+    disk = {}
+    configs = [Config(size, pre_hook=copy.copy) for size in (1, 2, 4, 3)]
+    for measured in (1, 0):
+        tuner = Tuner(disk, pointer=None, seqlen=2048, flag=True)
+        chosen, stored = tuner.run(configs)
+        assert chosen is configs[-1] and tuner.measured == measured and stored == (not measured)
+    assert all(config.pre_hook for config in configs)
+    # The choice of another size is its own; up to a power of two it is the same.
+    for seqlen, measured in ((2049, 0), (17, 1), (4096, 1)):
+        tuner = Tuner(disk, pointer=None, seqlen=seqlen, flag=True)
+        assert tuner.run(configs)[0] is configs[-1] and tuner.measured == measured
