@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mohawk_nas.config import BankConfig
@@ -35,6 +36,7 @@ from mohawk_nas.files import (
     write_json,
 )
 from mohawk_nas.mixer import Mixer, MixerConfig, build_mixer, identity_of
+from mohawk_nas.ranks import rank
 from mohawk_nas.reporting import Reporter
 from mohawk_nas.teacher import Teacher
 
@@ -280,7 +282,8 @@ class Bank:
                 ],
                 "seconds": round(job.seconds, 3),
                 "bad_steps": job.bad_steps,
-                "device": str(self.teacher.device),
+                "device": device_name(self.teacher.device),
+                "rank": rank(),
                 "versions": versions(),
             },
         )
@@ -300,6 +303,11 @@ def candidate_seed(seed: int, layer: int, config: MixerConfig) -> int:
     """Seed of a candidate's initial weights: of itself alone, whatever is trained beside it."""
     identity = [seed, layer, type(config).__name__, identity_of(config)]
     return int(_digest(identity)[:15], 16)
+
+
+def device_name(device: torch.device) -> str:
+    """What a computation ran on, e.g. ``NVIDIA H100 80GB HBM3`` or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def versions() -> dict[str, str]:

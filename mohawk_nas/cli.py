@@ -66,7 +66,8 @@ def search(
 ) -> None:
     """Train the mixer bank, score layouts, and write the best one to best.yaml.
 
-    Run it again after a stop, and it goes on where it was.
+    Run it again after a stop, and it goes on where it was. On several GPUs, torchrun shares the
+    bank's layers out: torchrun --nproc-per-node 4 -m mohawk_nas search study.yaml
     """
     config = _load(study, overrides)
     from mohawk_nas.reporting import screen
@@ -76,10 +77,14 @@ def search(
 
         screen.show_plan(config, make_plan(config))
         return
-    from mohawk_nas import pipeline
+    from mohawk_nas import pipeline, ranks
     from mohawk_nas.reporting.html import write_report
 
-    result, best = pipeline.search(config, reporter=screen.reporter(), force=force)
+    with ranks.joined():
+        if ranks.rank():
+            pipeline.help_search(config)
+            return
+        result, best = pipeline.search(config, reporter=screen.reporter(), force=force)
     report = write_report(config.run_dir / "report.html", result, config)
     screen.show_result(result, next_command=f"mohawk-nas distill {best}", files=[best, report])
 
@@ -181,6 +186,79 @@ def validate(study: Study, overrides: Overrides = None) -> None:
     if problems := find_problems(config):
         raise ConfigError(problems, source=str(study))
     typer.echo(f"{study}: no problem found")
+
+
+@app.command()
+def bench(
+    suites: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="scan, matrix, bank, trials, distill (all of these if none is named), search.",
+            metavar="[SUITE]...",
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Shape: phi-24m, smollm2-135m, llama-3.2-1b or phi-1.5.")
+    ] = "phi-24m",
+    out: Annotated[Path, typer.Option(help="Results: a .json file, or a folder for it.")] = Path(
+        "runs/bench"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes, for a first look.")] = False,
+    batch_size: Annotated[int | None, typer.Option(help="Blocks a batch.", min=1)] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens a block.", min=8)] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the model.", min=2)] = None,
+    keep: Annotated[int | None, typer.Option(help="Attention layers of a layout.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of weights, tokens and layouts.", min=0)] = 0,
+    search_tokens: Annotated[
+        int | None, typer.Option(help="trials, search: tokens a layout is scored on.", min=8)
+    ] = None,
+    layouts: Annotated[
+        int | None, typer.Option(help="trials: layouts scored in each case.", min=1)
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="search: layouts; 500.", min=1)] = None,
+    stage1_tokens: Annotated[int | None, typer.Option(help="search: 5242880.", min=0)] = None,
+    stage2_tokens: Annotated[int | None, typer.Option(help="search: 10485760.", min=0)] = None,
+    checkpoint_steps: Annotated[
+        int | None, typer.Option(help="search: steps between two savings of the bank; 50.", min=1)
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="search: its folder; the same command goes on where it was stopped."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the results file.")] = False,
+) -> None:
+    """Measure this machine: random weights of a model's shape, random tokens."""
+    from mohawk_nas.bench.options import DEFAULT_SUITES, Options
+
+    options = Options(
+        suites=tuple(dict.fromkeys(suites or DEFAULT_SUITES)),
+        model=model,
+        quick=quick,
+        batch_size=batch_size,
+        block_size=block_size,
+        layers=layers,
+        keep=keep,
+        device=device,
+        seed=seed,
+        layouts=layouts,
+        search_tokens=search_tokens,
+        trials=trials,
+        stage1_tokens=stage1_tokens,
+        stage2_tokens=stage2_tokens,
+        checkpoint_steps=checkpoint_steps,
+        work=work,
+    )
+    _quiet()
+    from mohawk_nas.bench.runner import results_path, run_benchmarks
+    from mohawk_nas.reporting.benchmarks import show_end, show_suite
+    from mohawk_nas.reporting.progress import ConsoleReporter
+
+    path = results_path(out, options, force=force)
+    results = run_benchmarks(options, path, reporter=ConsoleReporter(), show=show_suite)
+    show_end(results.path, results.failed)
+    if results.failed:
+        raise typer.Exit(1)
 
 
 @app.command("ls")

@@ -51,7 +51,7 @@ def kl_divergence(
     """
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    return (teacher.exp() * (teacher - student)).sum(-1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:

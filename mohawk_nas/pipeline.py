@@ -25,6 +25,7 @@ from mohawk_nas.export.hf import describe_candidates, save_hybrid
 from mohawk_nas.files import DamagedFile, atomic_folder, atomic_write, write_json
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.plan import find_problems
+from mohawk_nas.ranks import my_share, rank, wait_for_all
 from mohawk_nas.registry import load_plugin
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.runs import (
@@ -47,7 +48,15 @@ from mohawk_nas.search.study import load_result, run_study
 from mohawk_nas.student import assemble
 from mohawk_nas.teacher import Teacher, load_teacher
 
-__all__ = ["BestLayout", "Workbench", "distill", "load_best", "score", "search"]
+__all__ = [
+    "BestLayout",
+    "Workbench",
+    "distill",
+    "help_search",
+    "load_best",
+    "score",
+    "search",
+]
 
 
 @dataclass
@@ -120,7 +129,7 @@ class Workbench:
         """Scores layouts as ``search.evaluation`` says."""
         search = self.config.search
         kind = PerTrialScorer if search.evaluation == "per_trial" else BankScorer
-        return kind(
+        scorer = kind(
             self.teacher,
             self.bank,
             self.blocks["search"],
@@ -128,6 +137,13 @@ class Workbench:
             weights=search.objective,
             batch_size=search.batch_size,
         )
+        if self.teacher.device.type == "cuda":
+            kept = {name: size / 2**30 for name, size in scorer.kept_bytes.items()}
+            self.reporter.say(
+                f"scoring may keep {kept['teacher']:.1f} GiB of the teacher's outputs and "
+                f"{kept['students']:.1f} GiB of hidden states"
+            )
+        return scorer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,8 +185,7 @@ def search(
 def _search(bench: Workbench) -> tuple[StudyResult, Path]:
     config, reporter = bench.config, bench.reporter
     claim_identity(config.run_dir, bench.identity)
-    if config.search.evaluation == "bank":
-        bench.bank.train(bench.space.replaceable, reporter=reporter)
+    _train_bank(bench)
 
     def provenance(layout: Layout) -> Mapping[str, Any]:
         return {"bank": {str(i): bench.bank.key(i, layout[i]) for i in layout.replaced_layers}}
@@ -187,6 +202,25 @@ def _search(bench: Workbench) -> tuple[StudyResult, Path]:
     path = config.run_dir / "best.yaml"
     _write_best(path, bench, result)
     return result, path
+
+
+def help_search(config: StudyConfig) -> None:
+    """What the other ranks do while rank 0 searches: their share of the bank."""
+    _train_bank(Workbench(config))
+
+
+def _train_bank(bench: Workbench) -> None:
+    if bench.config.search.evaluation != "bank":
+        return
+    if rank():
+        # The text is tokenised once; the others find it in the cache.
+        wait_for_all()
+    bank = bench.bank
+    if not rank():
+        wait_for_all()
+    bank.train(my_share(bench.space.replaceable), reporter=bench.reporter)
+    # What the others have trained is read from the bank's folder.
+    wait_for_all()
 
 
 def score(

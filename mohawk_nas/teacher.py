@@ -25,6 +25,7 @@ from mohawk_nas.capture import LayerCapture, capturing, without_masks
 from mohawk_nas.config import TeacherConfig
 from mohawk_nas.errors import TeacherError
 from mohawk_nas.mixer import AttentionView
+from mohawk_nas.ranks import local_rank
 
 __all__ = [
     "Teacher",
@@ -256,19 +257,28 @@ def logits_from_hidden(model: Any, hidden: Tensor) -> Tensor:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a configuration names; ``auto`` is the first GPU if there is one.
+    """The device a configuration names; ``auto`` is a GPU if there is one.
+
+    Of several GPUs a process takes the one that torchrun counts it by, else the first.
 
     Raises:
         TeacherError: No such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        name = "cuda"
+    if name == "cuda" and (number := local_rank()) is not None:
+        name = f"cuda:{number}"
     try:
         device = torch.device(name)
     except RuntimeError as e:
         raise TeacherError(f"teacher.device: must be auto, cpu or cuda[:N], got {name!r}") from e
     if device.type == "cuda" and not torch.cuda.is_available():
         raise TeacherError(f"teacher.device: {name!r} was asked for, but torch finds no GPU")
+    if device.index is not None:
+        # Kernels of other packages are launched on the current device.
+        torch.cuda.set_device(device)
     return device
 
 

@@ -222,7 +222,5 @@ def test_gradients_that_are_not_finite_stop_the_run_and_name_the_candidate(bench
     monkeypatch.setitem(
         __import__("mohawk_nas.distill.trainer", fromlist=["LOSSES"]).LOSSES, "hidden", broken
     )
-    with pytest.raises(
-        TrainingError, match=r"layer 0, mamba2: .* not finite in 1[1-6]"
-    ):
+    with pytest.raises(TrainingError, match=r"layer 0, mamba2: .* not finite in 1[1-6]"):
         work.bank.train([(0, "mamba2")], reporter=SILENT)

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 
@@ -15,6 +16,7 @@ from mohawk_nas.layout import Layout
 from mohawk_nas.pipeline import Workbench
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.student import assemble
+from mohawk_nas.teacher import Teacher
 
 LAYOUT = Layout.keeping((0, 2), num_layers=4, replacement="mamba2")
 CONFIG = LogitsConfig(
@@ -195,6 +197,35 @@ def test_students_side_by_side_are_trained_as_each_alone(bench):
             assert torch.equal(tensor, other.state_dict()[name]), name
 
 
+def test_beside_a_bfloat16_teacher_masters_move_in_float32(bench, tmp_path):
+    model = copy.deepcopy(bench.teacher.model).to(torch.bfloat16)
+    teacher = Teacher(model, bench.teacher.tokenizer)
+    student = assemble(teacher, LAYOUT, bench.bank, share=False).float()
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    trainer = LogitsTrainer(teacher, [student], CONFIG)
+    types = {name: p.dtype for name, p in student.named_parameters()}
+    assert types["model.layers.0.mlp.fc1.weight"] == torch.bfloat16
+    assert types["model.layers.1.self_attn.mixer.D"] == torch.float32
+    # So small a step is lost in bfloat16.
+    trainer.step([bench.blocks["bank"].batch([0, 1])], 1e-6)
+    trainer.release()
+    for name, parameter in student.named_parameters():
+        assert parameter.dtype == torch.float32
+        moved = (parameter - before[name]).abs().max()
+        assert 0 < moved < 3e-6 or "embed" in name, name
+    result = distill_logits(
+        teacher,
+        student,
+        train=bench.blocks["bank"],
+        validation=bench.blocks["validation"],
+        config=CONFIG,
+        folder=tmp_path,
+        seed=0,
+        reporter=SILENT,
+    )
+    assert result.after.mean_kl < result.before.mean_kl
+
+
 def test_the_loss_of_a_few_blocks_at_a_time_is_that_of_all(bench, monkeypatch):
     student = student_of(bench).requires_grad_(True)
     tokens = bench.blocks["bank"].batch([0, 1, 2])
@@ -220,9 +251,7 @@ def test_gradients_that_are_not_finite_never_reach_the_weights(bench, tmp_path, 
     before = {n: p.clone() for n, p in student.state_dict().items()}
     monkeypatch.setattr(module, "logits_loss", lambda t, s, *rest: s.sum() * float("nan"))
     long = dataclasses.replace(CONFIG, tokens=64 * 20)
-    with pytest.raises(
-        TrainingError, match=r"finite in 1[1-3] steps; lower distill\.logits\.lr"
-    ):
+    with pytest.raises(TrainingError, match=r"finite in 1[1-3] steps; lower distill\.logits\.lr"):
         run(bench, tmp_path, long, student)
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, before[name]), name

@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from importlib.metadata import version
 from threading import Timer
 
@@ -15,7 +17,7 @@ import yaml
 from tiny_study import ASSETS, make_study, make_teacher, make_text
 
 from mohawk_nas import pipeline, runs
-from mohawk_nas.config import load_study
+from mohawk_nas.config import load_study, plain
 from mohawk_nas.errors import RunError
 from mohawk_nas.evaluate import continue_text, evaluate, find_target
 from mohawk_nas.export.folder import export_folder
@@ -87,7 +89,7 @@ def test_a_finished_distillation_is_not_run_again(searched, distilled, monkeypat
     def never(*args):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("mohawk_nas.distill.logits._train_step", never)
+    monkeypatch.setattr("mohawk_nas.distill.logits.LogitsTrainer.step", never)
     again, _ = pipeline.distill(pipeline.load_best(searched[1]))
     assert again.after == distilled[0].after
 
@@ -302,6 +304,35 @@ class Killer(Silent):
         self.left -= amount
         if self.left == 0:
             Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def test_two_ranks_make_the_bank_and_the_study_of_one(tmp_path):
+    make_study(tmp_path)
+
+    def study(name):
+        return make_study(
+            tmp_path,
+            f"output={tmp_path / name}",
+            f"bank.path={tmp_path / name / 'bank'}",
+            "bank.matrix.tokens=128",
+            "bank.matrix.batch_size=4",
+        )
+
+    pipeline.search(study("one"))
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml.safe_dump(plain(study("two"))), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "0", "--standalone", "-m", "mohawk_nas", "search", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert outcome(study("two")) == outcome(study("one"))
+    one, two = (pipeline.Workbench(study(name)).bank for name in ("one", "two"))
+    pids = set()
+    for layer in range(4):
+        weights = [bank.mixer(layer, "mamba2").state_dict() for bank in (one, two)]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        pids.add(two.record(layer, "mamba2")["rank"])
+    assert pids == {0, 1}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

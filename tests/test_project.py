@@ -35,6 +35,7 @@ COMMANDS = [
     "evaluate",
     "generate",
     "validate",
+    "bench",
     "ls",
 ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from mohawk_nas.distill.optimizer import MAX_BAD_STEPS, ClippedAdamW, learning_r
 from mohawk_nas.distill.trainer import READ_EVERY, num_steps
 from mohawk_nas.errors import TrainingError
 from mohawk_nas.files import DamagedFile, atomic_write, load_metadata, load_tensors, save_tensors
+from mohawk_nas.fusion import fused_activations
 from mohawk_nas.metrics import BlockFigures, body, evaluate_blocks
-from mohawk_nas.precision import computing_in
 from mohawk_nas.reporting import Reporter
 from mohawk_nas.student import MixerSlot
 from mohawk_nas.teacher import Teacher
@@ -68,11 +68,12 @@ class LogitsTrainer:
     """Stage 3's optimizer step for one or more students, side by side on the same batches.
 
     What the teacher says of a batch is computed once for all of them; else they have nothing to do
-    with each other.
+    with each other. Beside a bfloat16 teacher a student's own stock parts are held in bfloat16 as
+    well, and what moves are float32 masters of them; mixers stay in float32.
 
     Args:
         teacher: Frozen; its type is what products are computed in.
-        students: Share no weights with it or each other; trained in place.
+        students: In float32, sharing no weights with it or each other; trained in place.
         config: Stage 3.
     """
 
@@ -83,20 +84,46 @@ class LogitsTrainer:
         self.students = students
         self.config = config
         self.parameters: list[dict[str, nn.Parameter]] = []
+        """A student each: what is trained, in float32."""
         self.optimizers: list[ClippedAdamW] = []
+        # What the student computes with, and what it follows.
+        self._followers: list[tuple[list[Tensor], list[Tensor]]] = []
         for student in students:
             student.requires_grad_(False)
-            parameters = trainable_parameters(student, config.trainable)
-            for parameter in parameters.values():
-                # Gradients of a step's batches are added up where they are.
-                parameter.requires_grad_(True).grad = torch.zeros_like(parameter)
-            self.parameters.append(parameters)
-            self.optimizers.append(ClippedAdamW(parameters.values(), config))
+            trained = trainable_parameters(student, config.trainable)
+            for parameter in trained.values():
+                parameter.requires_grad_(True)
+            masters = trained
+            if teacher.model.dtype == torch.bfloat16:
+                masters = _lower_stock_parts(student, trained)
+            for master in masters.values():
+                # Gradients of a step's batches are added up here.
+                master.grad = torch.zeros_like(master)
+            apart = [name for name in trained if masters[name] is not trained[name]]
+            self._followers.append(([trained[n] for n in apart], [masters[n] for n in apart]))
+            self.parameters.append(masters)
+            self.optimizers.append(ClippedAdamW(masters.values(), config))
         # A row a student: loss of the step that is under way, whether it was refused.
         self._figures = torch.zeros(len(students), 2, device=teacher.device)
         self._steps: list[Tensor] = []
         self._backward = RecordedStep(self._add_gradients, teacher.device)
         self._update = RecordedStep(self._move_weights, teacher.device)
+
+    def load(self, number: int, weights: Mapping[str, Tensor]) -> None:
+        """Give one student other weights, by the names of :attr:`parameters`."""
+        with torch.no_grad():
+            for name, master in self.parameters[number].items():
+                master.copy_(weights[name])
+            self._follow(number)
+
+    def release(self) -> None:
+        """Hand the students back in float32, with the weights they were trained to."""
+        for number, student in enumerate(self.students):
+            student.float()
+            followers, masters = self._followers[number]
+            for follower, master in zip(followers, masters, strict=True):
+                follower.data = master.data
+            student.requires_grad_(False)
 
     def step(self, batches: Sequence[Tensor], rate: float) -> None:
         """Train on some batches as if they were one.
@@ -121,20 +148,64 @@ class LogitsTrainer:
 
     def _add_gradients(self, tokens: Tensor) -> None:
         teacher, config = self.teacher, self.config
-        with torch.no_grad():
+        with fused_activations(teacher.model, *self.students):
             target = teacher.run(tokens)
-        for number, student in enumerate(self.students):
-            with computing_in(target.dtype, target.device):
+            for number, student in enumerate(self.students):
                 hidden = body(student, tokens)
                 loss = loss_of_hidden(teacher.model, target, student, hidden, tokens, config)
                 loss = loss / config.accumulate
-            loss.backward()
-            self._figures[number, 0] += loss.detach()
+                loss.backward()
+                self._figures[number, 0] += loss.detach()
+                self._collect(number)
+
+    def _collect(self, number: int) -> None:
+        """Hand gradients of what is held in bfloat16 to its masters."""
+        pairs = [
+            (master.grad, follower.grad)
+            for follower, master in zip(*self._followers[number], strict=True)
+            if follower.grad is not None and master.grad is not None
+        ]
+        if self.config.accumulate == 1 and pairs:
+            # All in one kernel, which adding across types is not.
+            torch._foreach_copy_([total for total, _ in pairs], [gradient for _, gradient in pairs])
+        else:
+            for total, gradient in pairs:
+                total += gradient
+        for follower in self._followers[number][0]:
+            follower.grad = None
 
     def _move_weights(self) -> None:
         for number, optimizer in enumerate(self.optimizers):
             self._figures[number, 1] = optimizer.clipped_step(self._figures[number, 0])
             optimizer.zero_grad(set_to_none=False)
+            self._follow(number)
+
+    def _follow(self, number: int) -> None:
+        followers, masters = self._followers[number]
+        if followers:
+            with torch.no_grad():
+                torch._foreach_copy_(followers, masters)
+
+
+def _lower_stock_parts(
+    student: nn.Module, trained: Mapping[str, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Hold all but a student's mixers in bfloat16; returns what is trained, in float32."""
+    in_slots = {
+        parameter
+        for module in student.modules()
+        if isinstance(module, MixerSlot)
+        for parameter in module.parameters()
+    }
+    masters = {
+        name: parameter if parameter in in_slots else nn.Parameter(parameter.detach().clone())
+        for name, parameter in trained.items()
+    }
+    for parameter in student.parameters():
+        # Buffers keep their type: frequencies of the rotary embedding need it.
+        if parameter not in in_slots:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return masters
 
 
 @dataclass
@@ -180,16 +251,20 @@ def distill_logits(
         DamagedFile: What an interrupted run left cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = LogitsTrainer(teacher, [student], config)
-    (parameters,), (optimizer,) = trainer.parameters, trainer.optimizers
     block_size = train.tokens.shape[1]
     steps = num_steps(config, block_size) // config.accumulate
     order = BlockOrder(len(train), batch_size=config.batch_size, seed=seed * 16 + 2)
-    before = start = evaluate_blocks(teacher, student, validation, batch_size=config.batch_size)
+    trainer = LogitsTrainer(teacher, [student], config)
+    (parameters,), (optimizer,) = trainer.parameters, trainer.optimizers
+
+    def evaluate(model: Any) -> BlockFigures:
+        return evaluate_blocks(teacher, model, validation, batch_size=config.batch_size)
+
+    before = start = evaluate(student)
     if undistilled is not None:
-        before = evaluate_blocks(teacher, undistilled, validation, batch_size=config.batch_size)
+        before = evaluate(undistilled)
         if before.mean_kl < start.mean_kl:
-            student.load_state_dict(undistilled.state_dict())
+            trainer.load(0, dict(undistilled.named_parameters()))
             start = before
 
     progress = _Progress(best_kl=start.mean_kl)
@@ -199,7 +274,7 @@ def distill_logits(
             raise DamagedFile(f"{best}: must hold the best weights so far, but is not there")
         # Told now, rather than when training has ended.
         load_tensors(best)
-        progress = _restore(checkpoint, parameters, optimizer)
+        progress = _restore(checkpoint, trainer)
         reporter.say(f"continuing after step {progress.step} of {steps}")
     else:
         save_tensors(best, {name: p.detach() for name, p in parameters.items()})
@@ -227,7 +302,7 @@ def distill_logits(
             looked, rates = time.perf_counter(), []
             task.advance(1, tokens=size, loss=entries[-1]["loss"])
             if validates:
-                now = evaluate_blocks(teacher, student, validation, batch_size=config.batch_size)
+                now = evaluate(student)
                 entries[-1]["validation_kl"] = now.mean_kl
                 if now.mean_kl < progress.best_kl:
                     progress.best_kl, progress.best_step = now.mean_kl, progress.step
@@ -237,16 +312,11 @@ def distill_logits(
             if saves:
                 _save(checkpoint, parameters, optimizer, progress)
 
-    weights = load_tensors(best)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    student.requires_grad_(False)
+    trainer.load(0, load_tensors(best))
+    after = evaluate(student)
+    trainer.release()
     return LogitsResult(
-        before=before,
-        after=evaluate_blocks(teacher, student, validation, batch_size=config.batch_size),
-        best_step=progress.best_step,
-        tokens=progress.step * size,
+        before=before, after=after, best_step=progress.best_step, tokens=progress.step * size
     )
 
 
@@ -289,11 +359,10 @@ def _save(
     save_tensors(path, tensors, metadata={"progress": json.dumps(vars(progress))})
 
 
-def _restore(path: Path, parameters: dict[str, nn.Parameter], optimizer: ClippedAdamW) -> _Progress:
+def _restore(path: Path, trainer: LogitsTrainer) -> _Progress:
     tensors, metadata = load_tensors(path), load_metadata(path)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors.pop(f"weight/{name}"))
+    (parameters,), (optimizer,) = trainer.parameters, trainer.optimizers
+    trainer.load(0, {name: tensors.pop(f"weight/{name}") for name in parameters})
     for key, value in tensors.items():
         slot, _, name = key.partition("/")
         optimizer.state[parameters[name]][slot] = value.to(parameters[name].device)

@@ -28,6 +28,7 @@ from mohawk_nas.distill.hidden import hidden_loss
 from mohawk_nas.distill.matrix import matrix_loss
 from mohawk_nas.distill.optimizer import MAX_BAD_STEPS, ClippedAdamW, learning_rate
 from mohawk_nas.errors import TrainingError
+from mohawk_nas.fusion import fused_activations
 from mohawk_nas.mixer import Mixer
 from mohawk_nas.precision import computing_in
 from mohawk_nas.reporting import Reporter, Task
@@ -167,7 +168,8 @@ class LayerTrainer:
                 self._update(number, capture)
 
         matrices = self.stage.name == "matrix"
-        self.teacher.show(tokens, on_layer, layers=self._by_layer, matrices=matrices)
+        with fused_activations(self.teacher.model):
+            self.teacher.show(tokens, on_layer, layers=self._by_layer, matrices=matrices)
 
     def _update(self, number: int, capture: LayerCapture) -> None:
         job, optimizer = self.jobs[number], self.jobs[number].optimizer
@@ -212,6 +214,10 @@ def train_layers(
     Raises:
         TrainingError: A candidate's gradient was not finite too often.
     """
+    if teacher.device.type == "cuda":
+        reporter.say(
+            "the first step compiles and tunes kernels: a minute or two on a new machine, then kept"
+        )
     block_size = blocks.tokens.shape[1]
     (done,) = {job.step for job in jobs}
     first = 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +42,16 @@ class _State:
         return self.hidden.numel() * self.hidden.element_size()
 
 
+@dataclass(kw_only=True, slots=True)
+class _Kept:
+    """What is kept of one prefix."""
+
+    states: dict[int, _State] = field(default_factory=dict)
+    """By batch."""
+    seen: int = 0
+    """Layouts so far that begin with it."""
+
+
 class HybridRunner:
     """Runs layouts on fixed batches.
 
@@ -66,7 +76,7 @@ class HybridRunner:
         if len(set(self._layers)) < len(self._layers):
             # Several attention layers in one module: it cannot be entered in the middle.
             self.max_bytes = 0
-        self._states: dict[Prefix, dict[int, _State]] = {}
+        self._kept: dict[Prefix, _Kept] = {}
         self._seen: Counter[Prefix] = Counter()
         self._returns_tuple: dict[int, bool] = {}
 
@@ -92,7 +102,11 @@ class HybridRunner:
         """
         slots = self._student.switch(layout)
         candidates = layout.candidates
-        self._seen.update(candidates[:depth] for depth in range(1, len(candidates)))
+        for depth in range(1, len(candidates)):
+            prefix = candidates[:depth]
+            self._seen[prefix] += 1
+            if prefix in self._kept:
+                self._kept[prefix].seen += 1
         for number, tokens in enumerate(self._batches):
             wanted = None if targets is None else targets(number)
             start = self._deepest(candidates, number)
@@ -103,7 +117,8 @@ class HybridRunner:
 
     def _deepest(self, candidates: Prefix, number: int) -> int:
         for depth in range(len(candidates) - 1, 0, -1):
-            if number in self._states.get(candidates[:depth], ()):
+            kept = self._kept.get(candidates[:depth])
+            if kept is not None and number in kept.states:
                 return depth
         return 0
 
@@ -121,7 +136,7 @@ class HybridRunner:
         Yields:
             The sum of distances so far, ``(B,)``.
         """
-        kept = self._states[candidates[:start]][number] if start else None
+        kept = self._kept[candidates[:start]].states[number] if start else None
         zeros = torch.zeros(len(self._batches[number]), device=self.teacher.device)
         total = zeros if kept is None else kept.distance
         handles = []
@@ -170,11 +185,14 @@ class HybridRunner:
 
     def _keep(self, prefix: Prefix, number: int, state: _State) -> None:
         """Keep a state if there is room, or if this prefix has come up more often than another."""
+        seen = self._seen[prefix]
         while self.kept_bytes + state.num_bytes > self.max_bytes:
-            rarest = min(self._states, key=self._seen.__getitem__, default=None)
-            if rarest is None or self._seen[rarest] >= self._seen[prefix]:
+            rarest = min(self._kept.items(), key=lambda item: item[1].seen, default=None)
+            if rarest is None or rarest[1].seen >= seen:
                 return
-            for dropped in self._states.pop(rarest).values():
+            for dropped in self._kept.pop(rarest[0]).states.values():
                 self.kept_bytes -= dropped.num_bytes
-        self._states.setdefault(prefix, {})[number] = state
+        kept = self._kept.setdefault(prefix, _Kept())
+        kept.seen = seen
+        kept.states[number] = state
         self.kept_bytes += state.num_bytes

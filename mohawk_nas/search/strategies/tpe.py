@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mohawk_nas.layout import ATTENTION, Layout
@@ -20,7 +20,7 @@ from mohawk_nas.search.strategy import (
 NUM_STARTUP = 5
 """Layouts drawn at random before the estimator has something to go by."""
 NUM_TRIES = 8
-"""Proposals of layouts that are known already, after which one is drawn at random instead."""
+"""Samples that are known with all their neighbours, after which one is drawn at random instead."""
 
 
 @STRATEGIES.register("tpe")
@@ -28,8 +28,9 @@ class TPE(Strategy):
     """Each free layer has a priority, and the layers with the highest ones keep attention.
 
     So every sample meets the budget. Optuna samples in a scratch study that is built anew from the
-    finished trials for each proposal: a layout that comes up again is answered there with its known
-    value, and the study itself never sees a wasted or repeated trial.
+    finished trials for each proposal, so the study itself never sees a wasted or repeated trial.
+    Where a layout comes up again, the one swap that the sampled priorities regret least takes its
+    place: late in a search most samples are known, and sampling on costs more than scoring does.
     """
 
     def propose(self, context: SearchContext) -> Proposal | None:
@@ -45,8 +46,9 @@ class TPE(Strategy):
             for _ in range(NUM_TRIES):
                 trial = study.ask(distributions)
                 layout = _decode(trial.params, space=space, num_kept=context.num_kept)
-                if layout not in context.seen:
-                    return Proposal(layout=layout, proposed_by="tpe")
+                near = _nearest_unseen(layout, trial.params, space=space, seen=context.seen)
+                if near is not None:
+                    return Proposal(layout=near, proposed_by="tpe")
                 if layout in known:
                     study.tell(trial, known[layout])
                 else:
@@ -106,6 +108,30 @@ def _decode(params: Mapping[str, Any], *, space: SearchSpace, num_kept: int) -> 
             for place, layer in enumerate(ranked)
         }
     )
+
+
+def _nearest_unseen(
+    layout: Layout, params: Mapping[str, Any], *, space: SearchSpace, seen: Collection[Layout]
+) -> Layout | None:
+    """The layout itself, or its unseen neighbour whose swap costs the least priority."""
+    if layout not in seen:
+        return layout
+    free = set(space.free_layers)
+    kept = [layer for layer in layout.attention_layers if layer in free]
+    replaced = [layer for layer in layout.replaced_layers if layer in free]
+    swaps = [
+        (params[_priority(out)] - params[_priority(into)], out, into)
+        for out in kept
+        for into in replaced
+    ]
+    for _, out, into in sorted(swaps):
+        candidates = list(layout.candidates)
+        candidates[into] = ATTENTION
+        candidates[out] = params.get(_replacement(out), space.replacements[0])
+        neighbour = Layout(tuple(candidates))
+        if neighbour not in seen:
+            return neighbour
+    return None
 
 
 def _priority(layer: int) -> str:
