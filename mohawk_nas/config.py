@@ -28,6 +28,7 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "LogitsConfig",
+    "MatrixConfig",
     "SearchConfig",
     "SpaceConfig",
     "StageConfig",
@@ -121,12 +122,20 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MatrixConfig(StageConfig):
+    """Stage 1."""
+
+    squared: bool = False
+    """Square the distance of a head's matrices; the paper takes the distance itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BankConfig:
     """Abbreviated stages 1 and 2 that train every candidate of every layer once."""
 
     path: str = "runs/bank"
     """Folder of trained candidates, shared by studies; relative to the working folder."""
-    matrix: StageConfig = field(default_factory=StageConfig)
+    matrix: MatrixConfig = field(default_factory=MatrixConfig)
     hidden: StageConfig = field(default_factory=lambda: StageConfig(tokens=262144))
     checkpoint_steps: int = 50
     """Steps after which unfinished candidates are saved."""
@@ -210,7 +219,7 @@ class DistillConfig:
     start: Literal["bank", "scratch"] = "bank"
     """Continue the bank's candidates, or train them anew with the budgets below. A study may also
     write ``from``, which Python cannot."""
-    matrix: StageConfig = field(default_factory=StageConfig)
+    matrix: MatrixConfig = field(default_factory=MatrixConfig)
     """Stage 1, when starting from scratch."""
     hidden: StageConfig = field(default_factory=StageConfig)
     """Stage 2; its rate is warmed up again."""

@@ -6,6 +6,7 @@ import torch
 from tiny_study import make_study
 
 from mohawk_nas.bank import Bank
+from mohawk_nas.distill.trainer import Stage
 from mohawk_nas.errors import BankError, TrainingError
 from mohawk_nas.mixer import mixer_config
 from mohawk_nas.pipeline import Workbench
@@ -117,6 +118,7 @@ def test_what_is_there_is_not_trained_again(bench, monkeypatch):
         "bank.hidden.lr=1e-3",
         "bank.hidden.tokens=1024",
         "bank.matrix.tokens=0",
+        "bank.matrix.squared=true",
         "seed=1",
         "data.separator=the",
         "space.candidates.mamba2.d_conv=3",
@@ -214,13 +216,11 @@ def test_a_bank_can_continue_another(bench, tmp_path):
 
 
 def test_gradients_that_are_not_finite_stop_the_run_and_name_the_candidate(bench, monkeypatch):
-    work = bench("bank.hidden.tokens=2048")
+    work = bench("bank.hidden.tokens=2048", "bank.matrix.tokens=0")
 
-    def broken(mixer, capture):
+    def broken(stage, mixer, capture):
         return mixer(capture.hidden).sum() * float("nan")
 
-    monkeypatch.setitem(
-        __import__("mohawk_nas.distill.trainer", fromlist=["LOSSES"]).LOSSES, "hidden", broken
-    )
+    monkeypatch.setattr(Stage, "loss", broken)
     with pytest.raises(TrainingError, match=r"layer 0, mamba2: .* not finite in 1[1-6]"):
         work.bank.train([(0, "mamba2")], reporter=SILENT)

@@ -13,12 +13,14 @@ from mohawk_nas.mixer import Mixer
 __all__ = ["matrix_loss"]
 
 
-def matrix_loss(mixer: Mixer, capture: LayerCapture) -> Tensor:
+def matrix_loss(mixer: Mixer, capture: LayerCapture, *, squared: bool = False) -> Tensor:
     """Frobenius distance a head, averaged over batch and heads (arXiv 2408.10189).
 
     Args:
         mixer: The student's mixer of this layer.
         capture: The teacher's layer, with queries and keys.
+        squared: Average the squared distances instead. Heads that are far off then weigh more, and
+            the gradient vanishes with the distance.
 
     Raises:
         MixerError: The mixer does not offer its matrix as factors.
@@ -32,7 +34,7 @@ def matrix_loss(mixer: Mixer, capture: LayerCapture) -> Tensor:
         )
     # The distance takes care of its own types.
     with torch.autocast(capture.hidden.device.type, enabled=False):
-        squared = matrix_distance(
+        distance = matrix_distance(
             capture.query,
             capture.key,
             factors,
@@ -42,4 +44,4 @@ def matrix_loss(mixer: Mixer, capture: LayerCapture) -> Tensor:
             mask=capture.mask,
         )
         # The root has no gradient at zero.
-        return torch.sqrt(squared.clamp_min(1e-12)).mean()
+        return distance.mean() if squared else torch.sqrt(distance.clamp_min(1e-12)).mean()

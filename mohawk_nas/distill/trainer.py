@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mohawk_nas.capture import LayerCapture
-from mohawk_nas.config import StageConfig
+from mohawk_nas.config import MatrixConfig, StageConfig
 from mohawk_nas.data import BlockOrder, TokenBlocks
 from mohawk_nas.distill.graph import RecordedStep
 from mohawk_nas.distill.hidden import hidden_loss
@@ -38,11 +38,6 @@ __all__ = ["LayerJob", "LayerTrainer", "Stage", "num_steps", "train_layers"]
 
 StageName = Literal["matrix", "hidden"]
 
-LOSSES: dict[StageName, Callable[[Mixer, LayerCapture], Tensor]] = {
-    "matrix": matrix_loss,
-    "hidden": hidden_loss,
-}
-
 STAGE_NUMBERS: dict[StageName, int] = {"matrix": 1, "hidden": 2}
 
 READ_EVERY = 1.0
@@ -55,6 +50,13 @@ class Stage:
 
     name: StageName
     config: StageConfig
+
+    def loss(self, mixer: Mixer, capture: LayerCapture) -> Tensor:
+        """What a mixer of this layer is trained to lower, a scalar in float32."""
+        if self.name == "hidden":
+            return hidden_loss(mixer, capture)
+        squared = isinstance(self.config, MatrixConfig) and self.config.squared
+        return matrix_loss(mixer, capture, squared=squared)
 
 
 @dataclass(kw_only=True)
@@ -179,7 +181,7 @@ class LayerTrainer:
             capture = dataclasses.replace(capture, hidden=capture.hidden.float())
         with torch.enable_grad():
             with computing_in(capture.hidden.dtype, capture.hidden.device):
-                loss = LOSSES[self.stage.name](job.mixer, capture)
+                loss = self.stage.loss(job.mixer, capture)
             loss.backward()
         refused = optimizer.clipped_step(loss)
         figures = self._figures[number]
