@@ -44,7 +44,7 @@ __all__ = ["Bank", "candidate_seed"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Raised when a change to the code makes old entries differ from what it would train."""
 
 

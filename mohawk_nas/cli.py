@@ -70,14 +70,16 @@ def search(
     bank's layers out: torchrun --nproc-per-node 4 -m mohawk_nas search study.yaml
     """
     config = _load(study, overrides)
+    from mohawk_nas import ranks
     from mohawk_nas.reporting import screen
 
     if dry_run:
         from mohawk_nas.plan import make_plan
 
-        screen.show_plan(config, make_plan(config))
+        if ranks.rank() == 0:
+            screen.show_plan(config, make_plan(config))
         return
-    from mohawk_nas import pipeline, ranks
+    from mohawk_nas import pipeline
     from mohawk_nas.reporting.html import write_report
 
     with ranks.joined():

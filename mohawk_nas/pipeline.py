@@ -25,7 +25,7 @@ from mohawk_nas.export.hf import describe_candidates, save_hybrid
 from mohawk_nas.files import DamagedFile, atomic_folder, atomic_write, write_json
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.plan import find_problems
-from mohawk_nas.ranks import my_share, rank, wait_for_all
+from mohawk_nas.ranks import first_is_ready, my_share, num_ranks, wait_for_all
 from mohawk_nas.registry import load_plugin
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.runs import (
@@ -206,20 +206,24 @@ def _search(bench: Workbench) -> tuple[StudyResult, Path]:
 
 def help_search(config: StudyConfig) -> None:
     """What the other ranks do while rank 0 searches: their share of the bank."""
-    _train_bank(Workbench(config))
+    if config.search.evaluation == "bank" and first_is_ready():
+        _train_share(Workbench(config))
 
 
 def _train_bank(bench: Workbench) -> None:
-    if bench.config.search.evaluation != "bank":
-        return
-    if rank():
-        # The text is tokenised once; the others find it in the cache.
-        wait_for_all()
-    bank = bench.bank
-    if not rank():
-        wait_for_all()
-    bank.train(my_share(bench.space.replaceable), reporter=bench.reporter)
-    # What the others have trained is read from the bank's folder.
+    if bench.config.search.evaluation == "bank":
+        # The text is tokenised by now; the others find it in the cache.
+        first_is_ready()
+        _train_share(bench)
+
+
+def _train_share(bench: Workbench) -> None:
+    # Sorted by candidate first, so that each rank has its part of a slow one.
+    pairs = sorted(bench.space.replaceable, key=lambda pair: (pair[1], pair[0]))
+    bench.bank.train(my_share(pairs), reporter=bench.reporter)
+    if num_ranks() > 1:
+        bench.reporter.say(f"waiting for {num_ranks() - 1} other processes")
+    # What they have trained is read from the bank's folder.
     wait_for_all()
 
 
@@ -304,6 +308,8 @@ def distill(
         RunError: The folder holds another distillation, or the teacher is another one.
     """
     folder = best.path.parent / "distill"
+    if num_ranks() > 1:
+        raise RunError("distill: runs in one process; start it without torchrun")
     with only_one(folder):
         return _distill(best, folder, reporter=reporter, force=force)
 

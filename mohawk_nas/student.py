@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.mixer import Mixer, MixerState
-from mohawk_nas.precision import computing_in
+from mohawk_nas.precision import run_mixer
 from mohawk_nas.teacher import Slot, Teacher, find_attention
 
 __all__ = [
@@ -85,13 +85,7 @@ class MixerSlot(nn.Module):
         state = None if cache is None else self._state(cache)
         mask = self._padding.of_last(hidden_states.shape[1])
         # A float32 mixer may stand in a model of half precision.
-        if hidden_states.dtype == self.mixer.dtype:
-            return self.mixer(hidden_states, mask=mask, cache=state), None
-        bfloat16 = hidden_states.dtype == torch.bfloat16
-        inputs = hidden_states if bfloat16 else hidden_states.to(self.mixer.dtype)
-        with computing_in(hidden_states.dtype, hidden_states.device):
-            mixed = self.mixer(inputs, mask=mask, cache=state)
-        return mixed.to(hidden_states.dtype), None
+        return run_mixer(self.mixer, hidden_states, mask=mask, cache=state), None
 
     def _state(self, cache: Any) -> MixerState:
         # The cache was made for attention everywhere; this layer's place in it is taken over when

@@ -276,6 +276,11 @@ def pick_device(name: str) -> torch.device:
         raise TeacherError(f"teacher.device: must be auto, cpu or cuda[:N], got {name!r}") from e
     if device.type == "cuda" and not torch.cuda.is_available():
         raise TeacherError(f"teacher.device: {name!r} was asked for, but torch finds no GPU")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise TeacherError(
+            f"teacher.device: {name} must be one of this machine's GPUs, but it has "
+            f"{torch.cuda.device_count()}; start no more processes than GPUs"
+        )
     if device.index is not None:
         # Kernels of other packages are launched on the current device.
         torch.cuda.set_device(device)

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -213,6 +214,24 @@ def test_a_bank_can_continue_another(bench, tmp_path):
     first = longer.record(0, "mamba2")["losses"][0]["loss"]
     assert first < work.bank.record(0, "mamba2")["losses"][0]["loss"]
     assert longer.key(0, "mamba2") != work.bank.key(0, "mamba2")
+
+
+def test_a_refused_step_leaves_no_trace_in_the_losses(bench, monkeypatch):
+    work = bench("bank.matrix.tokens=0")
+    whole, calls = Stage.loss, 0
+
+    def spoiled(stage, mixer, capture):
+        nonlocal calls
+        calls += 1
+        loss = whole(stage, mixer, capture)
+        return loss * float("nan") if calls in (3, 8) else loss
+
+    monkeypatch.setattr(Stage, "loss", spoiled)
+    work.bank.train([(0, "mamba2")], reporter=SILENT)
+    record = work.bank.record(0, "mamba2")
+    assert record["bad_steps"] == 2
+    assert all(math.isfinite(entry["loss"]) for entry in record["losses"])
+    assert all(t.isfinite().all() for t in weights(work.bank, 0).values())
 
 
 def test_gradients_that_are_not_finite_stop_the_run_and_name_the_candidate(bench, monkeypatch):

@@ -327,12 +327,20 @@ def test_two_ranks_make_the_bank_and_the_study_of_one(tmp_path):
     assert done.returncode == 0, done.stderr
     assert outcome(study("two")) == outcome(study("one"))
     one, two = (pipeline.Workbench(study(name)).bank for name in ("one", "two"))
-    pids = set()
+    ranks = set()
     for layer in range(4):
         weights = [bank.mixer(layer, "mamba2").state_dict() for bank in (one, two)]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-        pids.add(two.record(layer, "mamba2")["rank"])
-    assert pids == {0, 1}
+        ranks.add(two.record(layer, "mamba2")["rank"])
+    assert ranks == {0, 1}
+    # What is wrong is told once, in one line.
+    path.write_text(yaml.safe_dump(plain(study("two")) | {"seed": 1}), encoding="utf-8")
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    lines = [line for line in refused.stderr.splitlines() if line.startswith("mohawk-nas: ")]
+    assert refused.returncode and len(lines) == 1 and "begun with other settings" in lines[0], (
+        refused.stderr
+    )
+    assert "gloo" not in refused.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from mohawk_nas.config import TeacherConfig
 from mohawk_nas.errors import TeacherError
@@ -81,6 +81,17 @@ def captured_matrix(capture):
         seen = seen & capture.mask[:, None, None]
     scores = query @ key.transpose(-1, -2) * view.scaling
     return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
+
+
+@torch.no_grad()
+def test_a_family_that_asks_for_sdpa_by_name_runs():
+    config = FalconConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=6)
+    model = FalconForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    teacher, (tokens, _) = Teacher(model), tokens_and_mask(False)
+    expected = model.base_model(tokens, use_cache=False).last_hidden_state
+    seen = []
+    assert torch.equal(teacher.run(tokens, on_layer=seen.append), expected)
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])

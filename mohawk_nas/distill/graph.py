@@ -54,6 +54,20 @@ class RecordedStep:
         if self._device.type != "cuda":
             self._step(*inputs)
             return
+        with torch.cuda.device(self._device):
+            self._call(inputs)
+
+    def release(self) -> None:
+        """Give back what the recording holds; the step is not called again.
+
+        Whoever owns a step is usually what it calls, so without this its memory would wait for the
+        garbage collector.
+        """
+        self._graph = None
+        self._inputs = ()
+        self._step = _released
+
+    def _call(self, inputs: tuple[Tensor, ...]) -> None:
         if self._calls == 0:
             self._inputs = tuple(tensor.to(self._device) for tensor in inputs)
         for static, tensor in zip(self._inputs, inputs, strict=True):
@@ -84,8 +98,15 @@ class RecordedStep:
         try:
             with torch.cuda.graph(graph, stream=self._side):
                 self._step(*self._inputs)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as e:
             torch.cuda.synchronize()
-            log.info("the step cannot be recorded as a CUDA graph and runs plainly: %s", e)
+            reason = str(e).splitlines()[0]
+            log.warning("the step cannot be recorded as a CUDA graph and runs slowly: %s", reason)
         else:
             self._graph = graph
+
+
+def _released(*inputs: Tensor) -> None:
+    raise RuntimeError("this step has been released")

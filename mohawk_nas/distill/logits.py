@@ -118,6 +118,8 @@ class LogitsTrainer:
 
     def release(self) -> None:
         """Hand the students back in float32, with the weights they were trained to."""
+        self._backward.release()
+        self._update.release()
         for number, student in enumerate(self.students):
             student.float()
             followers, masters = self._followers[number]
@@ -151,6 +153,8 @@ class LogitsTrainer:
         with fused_activations(teacher.model, *self.students):
             target = teacher.run(tokens)
             for number, student in enumerate(self.students):
+                for follower in self._followers[number][0]:
+                    follower.grad = None
                 hidden = body(student, tokens)
                 loss = loss_of_hidden(teacher.model, target, student, hidden, tokens, config)
                 loss = loss / config.accumulate
@@ -171,8 +175,6 @@ class LogitsTrainer:
         else:
             for total, gradient in pairs:
                 total += gradient
-        for follower in self._followers[number][0]:
-            follower.grad = None
 
     def _move_weights(self) -> None:
         for number, optimizer in enumerate(self.optimizers):
@@ -260,64 +262,68 @@ def distill_logits(
     def evaluate(model: Any) -> BlockFigures:
         return evaluate_blocks(teacher, model, validation, batch_size=config.batch_size)
 
-    before = start = evaluate(student)
-    if undistilled is not None:
-        before = evaluate(undistilled)
-        if before.mean_kl < start.mean_kl:
-            trainer.load(0, dict(undistilled.named_parameters()))
-            start = before
+    try:
+        before = start = evaluate(student)
+        if undistilled is not None:
+            before = evaluate(undistilled)
+            if before.mean_kl < start.mean_kl:
+                trainer.load(0, dict(undistilled.named_parameters()))
+                start = before
 
-    progress = _Progress(best_kl=start.mean_kl)
-    checkpoint, best = folder / "checkpoint.safetensors", folder / "best.safetensors"
-    if checkpoint.is_file():
-        if not best.is_file():
-            raise DamagedFile(f"{best}: must hold the best weights so far, but is not there")
-        # Told now, rather than when training has ended.
-        load_tensors(best)
-        progress = _restore(checkpoint, trainer)
-        reporter.say(f"continuing after step {progress.step} of {steps}")
-    else:
-        save_tensors(best, {name: p.detach() for name, p in parameters.items()})
+        progress = _Progress(best_kl=start.mean_kl)
+        checkpoint, best = folder / "checkpoint.safetensors", folder / "best.safetensors"
+        if checkpoint.is_file():
+            if not best.is_file():
+                raise DamagedFile(f"{best}: must hold the best weights so far, but is not there")
+            # Told now, rather than when training has ended.
+            load_tensors(best)
+            progress = _restore(checkpoint, trainer)
+            reporter.say(f"continuing after step {progress.step} of {steps}")
+        else:
+            save_tensors(best, {name: p.detach() for name, p in parameters.items()})
 
-    _trim_log(folder / "log.jsonl", progress.step)
-    size = config.batch_size * config.accumulate * block_size
-    with (
-        (folder / "log.jsonl").open("a", encoding="utf-8") as log,
-        reporter.stage("stage 3 (logits)", total=steps, unit="step", done=progress.step) as task,
-    ):
-        looked, rates = time.perf_counter(), []
-        while progress.step < steps:
-            rates.append(learning_rate(config, progress.step, steps))
-            first = progress.step * config.accumulate
-            batches = [train.batch(order.indices(first + i)) for i in range(config.accumulate)]
-            trainer.step(batches, rates[-1])
-            progress.step += 1
-            last = progress.step == steps
-            validates = last or progress.step % config.validate_steps == 0
-            saves = last or progress.step % config.checkpoint_steps == 0
-            if not (validates or saves or time.perf_counter() - looked >= READ_EVERY):
-                task.advance(1, tokens=size)
-                continue
-            entries = _read(trainer, progress, rates)
+        _trim_log(folder / "log.jsonl", progress.step)
+        size = config.batch_size * config.accumulate * block_size
+        with (
+            (folder / "log.jsonl").open("a", encoding="utf-8") as log,
+            reporter.stage(
+                "stage 3 (logits)", total=steps, unit="step", done=progress.step
+            ) as task,
+        ):
             looked, rates = time.perf_counter(), []
-            task.advance(1, tokens=size, loss=entries[-1]["loss"])
-            if validates:
-                now = evaluate(student)
-                entries[-1]["validation_kl"] = now.mean_kl
-                if now.mean_kl < progress.best_kl:
-                    progress.best_kl, progress.best_step = now.mean_kl, progress.step
-                    save_tensors(best, {name: p.detach() for name, p in parameters.items()})
-            log.write("".join(json.dumps(entry) + "\n" for entry in entries))
-            log.flush()
-            if saves:
-                _save(checkpoint, parameters, optimizer, progress)
+            while progress.step < steps:
+                rates.append(learning_rate(config, progress.step, steps))
+                first = progress.step * config.accumulate
+                batches = [train.batch(order.indices(first + i)) for i in range(config.accumulate)]
+                trainer.step(batches, rates[-1])
+                progress.step += 1
+                last = progress.step == steps
+                validates = last or progress.step % config.validate_steps == 0
+                saves = last or progress.step % config.checkpoint_steps == 0
+                if not (validates or saves or time.perf_counter() - looked >= READ_EVERY):
+                    task.advance(1, tokens=size)
+                    continue
+                entries = _read(trainer, progress, rates)
+                looked, rates = time.perf_counter(), []
+                task.advance(1, tokens=size, loss=entries[-1]["loss"])
+                if validates:
+                    now = evaluate(student)
+                    entries[-1]["validation_kl"] = now.mean_kl
+                    if now.mean_kl < progress.best_kl:
+                        progress.best_kl, progress.best_step = now.mean_kl, progress.step
+                        save_tensors(best, {name: p.detach() for name, p in parameters.items()})
+                log.write("".join(json.dumps(entry) + "\n" for entry in entries))
+                log.flush()
+                if saves:
+                    _save(checkpoint, parameters, optimizer, progress)
 
-    trainer.load(0, load_tensors(best))
-    after = evaluate(student)
-    trainer.release()
-    return LogitsResult(
-        before=before, after=after, best_step=progress.best_step, tokens=progress.step * size
-    )
+        trainer.load(0, load_tensors(best))
+        after = evaluate(student)
+        return LogitsResult(
+            before=before, after=after, best_step=progress.best_step, tokens=progress.step * size
+        )
+    finally:
+        trainer.release()
 
 
 def _trim_log(path: Path, step: int) -> None:

@@ -105,8 +105,9 @@ class LayerTrainer:
             self._by_layer.setdefault(job.layer, []).append(number)
             if job.optimizer is None:
                 job.optimizer = ClippedAdamW(job.mixer.parameters(), stage.config)
-        # A row a job: sum of losses since the last entry of its curve, steps refused, last loss.
-        rows = [[job.loss_sum, float(job.bad_steps), math.nan] for job in jobs]
+        # A row a job: sum and number of losses since the last entry of its curve, steps refused,
+        # last loss. What was refused is in none of them.
+        rows = [[job.loss_sum, job.loss_count, job.bad_steps, math.nan] for job in jobs]
         self._figures = torch.tensor(rows, dtype=torch.float64, device=teacher.device)
         self._step = RecordedStep(self._train, teacher.device)
 
@@ -125,7 +126,6 @@ class LayerTrainer:
         self._step(tokens)
         for job in self.jobs:
             job.step += 1
-            job.loss_count += 1
 
     def read(self) -> list[float]:
         """Bring the jobs' figures up to date; returns the last losses.
@@ -134,21 +134,26 @@ class LayerTrainer:
             TrainingError: A candidate's gradient was not finite too often.
         """
         figures = self._figures.tolist()
-        for job, (loss_sum, bad_steps, _) in zip(self.jobs, figures, strict=True):
-            job.loss_sum, job.bad_steps = loss_sum, int(bad_steps)
+        for job, (loss_sum, count, bad_steps, _) in zip(self.jobs, figures, strict=True):
+            job.loss_sum, job.loss_count, job.bad_steps = loss_sum, int(count), int(bad_steps)
             if job.bad_steps > MAX_BAD_STEPS:
                 raise TrainingError(
                     f"{job.name}: its gradient was not finite in {job.bad_steps} steps of stage "
                     f"{self.stage.name}; lower the stage's lr (now {self.stage.config.lr})"
                 )
-        return [last for _, _, last in figures]
+        return [last for *_, last in figures]
+
+    def release(self) -> None:
+        """Give back the memory of the recorded step."""
+        self._step.release()
 
     def close_entry(self, tokens: int) -> None:
         """Add to each job's curve the mean loss since the last entry; ``read`` comes before."""
         for job in self.jobs:
-            job.losses.append((self.stage.name, tokens, job.loss_sum / job.loss_count))
+            if job.loss_count:
+                job.losses.append((self.stage.name, tokens, job.loss_sum / job.loss_count))
             job.loss_sum, job.loss_count = 0.0, 0
-        self._figures[:, 0] = 0.0
+        self._figures[:, :2] = 0.0
 
     def _calibrate(self, numbers: Sequence[int], tokens: Tensor) -> None:
         fresh = set(numbers)
@@ -184,10 +189,11 @@ class LayerTrainer:
                 loss = self.stage.loss(job.mixer, capture)
             loss.backward()
         refused = optimizer.clipped_step(loss)
-        figures = self._figures[number]
-        figures[0] += loss.detach()
-        figures[1] += refused
-        figures[2] = loss.detach()
+        figures, value = self._figures[number], loss.detach().double()
+        figures[0] += torch.where(refused > 0, 0.0, value)
+        figures[1] += 1 - refused
+        figures[2] += refused
+        figures[3] = torch.where(refused > 0, figures[3], value)
 
 
 def train_layers(
@@ -238,16 +244,21 @@ def train_layers(
                 unit="step",
                 done=began,
             ) as task:
-                _train_stage(
-                    LayerTrainer(teacher, jobs, stage),
-                    blocks,
-                    order,
-                    range(began, steps),
-                    task=task,
-                    save=save,
-                    # Saves are counted over all stages.
-                    saves_at={s - first for s in range(save_every, last, save_every or last)},
-                )
+                trainer = LayerTrainer(teacher, jobs, stage)
+                # Saves are counted over all stages; after the last step the entries are written.
+                until = last if number + 1 == len(stages) else last + 1
+                try:
+                    _train_stage(
+                        trainer,
+                        blocks,
+                        order,
+                        range(began, steps),
+                        task=task,
+                        save=save,
+                        saves_at={s - first for s in range(save_every, until, save_every or until)},
+                    )
+                finally:
+                    trainer.release()
             for job in jobs:
                 job.optimizer = None
         first = last

@@ -6,9 +6,11 @@ B blocks a batch, T tokens a block, D model width.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,13 +21,16 @@ from mohawk_nas.config import OBJECTIVES
 from mohawk_nas.data import TokenBlocks
 from mohawk_nas.distill.hidden import relative_distance
 from mohawk_nas.layout import Layout
-from mohawk_nas.metrics import kl_of_hidden, kl_to, log_probabilities
+from mohawk_nas.metrics import kl_of_hidden, kl_to, log_probabilities, row_chunks
+from mohawk_nas.precision import run_mixer
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.search.prefixes import HybridRunner
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.teacher import Teacher
 
 __all__ = ["BankScorer", "PerTrialScorer"]
+
+T = TypeVar("T")
 
 KEPT_BYTES = {"teacher": 2**29, "students": 2**28}
 """On a CPU, what is kept of the teacher's log-probabilities and mixer outputs, and of students'
@@ -115,42 +120,61 @@ class BankScorer:
         )
 
     def _kl(self, number: int, hidden: Tensor) -> Tensor:
-        student = self._runner.model
-        if number not in self._log_probs:
-            return kl_of_hidden(self.teacher.model, self._hidden[number], student, hidden)
-        return kl_to(self._log_probs[number], student, hidden)
+        student, tokens = self._runner.model, self._batches[number]
+        target = self._once(
+            ("log-probabilities", number),
+            tokens.numel() * self.teacher.vocab_size * 4,
+            lambda: self._log_probs(number),
+        )
+        if target is not None:
+            return kl_to(target, student, hidden)
+        return kl_of_hidden(self.teacher.model, self._teacher_hidden(number), student, hidden)
 
-    @cached_property
-    def _log_probs(self) -> dict[int, Tensor]:
-        """The teacher's log-probabilities of as many batches as there is room for."""
-        kept: dict[int, Tensor] = {}
-        room = self.kept_bytes["teacher"]
-        for number, hidden in enumerate(self._hidden):
-            room -= hidden.shape[0] * hidden.shape[1] * self.teacher.vocab_size * 4
-            if room < 0:
-                break
-            kept[number] = log_probabilities(self.teacher.model, hidden)
+    def _log_probs(self, number: int) -> Tensor:
+        hidden, rows = self._teacher_hidden(number), self._batches[number].shape
+        kept = torch.empty(*rows, self.teacher.vocab_size, device=hidden.device)
+        # The logits of a whole batch beside them would take the same again.
+        for part in row_chunks(hidden, self.teacher.model):
+            kept[part] = log_probabilities(self.teacher.model, hidden[part])
         return kept
 
-    @cached_property
-    def _hidden(self) -> list[Tensor]:
-        return [self.teacher.run(tokens.to(self.teacher.device)) for tokens in self._batches]
+    def _teacher_hidden(self, number: int) -> Tensor:
+        def make() -> Tensor:
+            return self.teacher.run(self._batches[number].to(self.teacher.device))
+
+        width = self.teacher.views[0].d_model * self.teacher.model.dtype.itemsize
+        kept = self._once(("hidden", number), self._batches[number].numel() * width, make)
+        return make() if kept is None else kept
 
     def _mixer_outputs(self, number: int) -> dict[int, Tensor]:
         """The teacher's mixer output in every layer, for one batch."""
-        if number in self._kept_outputs:
-            return self._kept_outputs[number]
-        captures: list[LayerCapture] = []
-        tokens = self._batches[number].to(self.teacher.device)
-        self.teacher.run(tokens, on_layer=captures.append)
-        outputs = {capture.view.layer_idx: capture.output for capture in captures}
-        held = sum(o.numel() * o.element_size() for o in outputs.values())
-        if held * (len(self._kept_outputs) + 1) <= self.kept_bytes["teacher"]:
-            self._kept_outputs[number] = outputs
-        return outputs
+
+        def make() -> dict[int, Tensor]:
+            captures: list[LayerCapture] = []
+            tokens = self._batches[number].to(self.teacher.device)
+            self.teacher.run(tokens, on_layer=captures.append)
+            return {capture.view.layer_idx: capture.output for capture in captures}
+
+        width = self.teacher.views[0].d_model * self.teacher.model.dtype.itemsize
+        size = self._batches[number].numel() * width * self.num_layers
+        kept = self._once(("outputs", number), size, make)
+        return make() if kept is None else kept
+
+    def _once(self, key: tuple[str, int], num_bytes: int, make: Callable[[], T]) -> T | None:
+        """What was made of the teacher before, or is made now and kept; None if there is no room.
+
+        All kinds share one budget.
+        """
+        if key not in self._made:
+            held = sum(size for size, _ in self._made.values())
+            if held + num_bytes > self.kept_bytes["teacher"]:
+                return None
+            self._made[key] = (num_bytes, make())
+        found: T = self._made[key][1]
+        return found
 
     @cached_property
-    def _kept_outputs(self) -> dict[int, dict[int, Tensor]]:
+    def _made(self) -> dict[tuple[str, int], tuple[int, Any]]:
         return {}
 
     @cached_property
@@ -165,7 +189,7 @@ class BankScorer:
             layer = capture.view.layer_idx
             for name in names[layer]:
                 mixer = self.bank.mixer(layer, name)
-                output = mixer(capture.hidden.to(mixer.dtype))
+                output = run_mixer(mixer, capture.hidden)
                 distance = relative_distance(output, capture.output)
                 parts.setdefault((layer, name), []).append(distance.cpu())
 
@@ -201,7 +225,8 @@ class PerTrialScorer(BankScorer):
 def _memory_for(device: torch.device) -> dict[str, int]:
     if device.type != "cuda":
         return dict(KEPT_BYTES)
+    # What training has left is given back first.
+    gc.collect()
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    # What torch holds without using it is free too.
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return {name: int(share * free) for name, share in KEPT_SHARES.items()}

@@ -113,7 +113,10 @@ def _decode(params: Mapping[str, Any], *, space: SearchSpace, num_kept: int) -> 
 def _nearest_unseen(
     layout: Layout, params: Mapping[str, Any], *, space: SearchSpace, seen: Collection[Layout]
 ) -> Layout | None:
-    """The layout itself, or its unseen neighbour whose swap costs the least priority."""
+    """The layout itself, or its unseen neighbour whose swap costs the least priority.
+
+    After the swaps come other replacements of one layer.
+    """
     if layout not in seen:
         return layout
     free = set(space.free_layers)
@@ -131,6 +134,13 @@ def _nearest_unseen(
         neighbour = Layout(tuple(candidates))
         if neighbour not in seen:
             return neighbour
+    for layer in replaced:
+        for other in space.replacements:
+            candidates = list(layout.candidates)
+            candidates[layer] = other
+            neighbour = Layout(tuple(candidates))
+            if neighbour not in seen:
+                return neighbour
     return None
 
 
