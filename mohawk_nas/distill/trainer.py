@@ -296,7 +296,7 @@ def _train_stage(
         looked = now
         task.advance(1, tokens=size, loss=sum(losses) / len(losses))
         if ends:
-            _check_losses(trainer, losses)
+            _check_losses(trainer)
         if enters:
             trainer.close_entry(finished * size)
         if saves and save is not None:
@@ -304,10 +304,11 @@ def _train_stage(
                 save(job)
 
 
-def _check_losses(trainer: LayerTrainer, losses: Sequence[float]) -> None:
-    for job, loss in zip(trainer.jobs, losses, strict=True):
-        if not math.isfinite(loss):
+def _check_losses(trainer: LayerTrainer) -> None:
+    # Every step of the last entry was refused: what is there now is no result.
+    for job in trainer.jobs:
+        if not job.loss_count:
             raise TrainingError(
                 f"{job.name}: its loss must be a number when stage {trainer.stage.name} ends, but "
-                f"is {loss}; lower the stage's lr (now {trainer.stage.config.lr})"
+                f"is nan; lower the stage's lr (now {trainer.stage.config.lr})"
             )
