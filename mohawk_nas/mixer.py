@@ -272,6 +272,9 @@ class Mixer(nn.Module, ABC):
     ) -> Tensor:
         """Mix tokens.
 
+        In training, calls may be recorded and replayed as a CUDA graph: nothing may depend on what
+        changes in Python from call to call, and nothing should wait for the GPU.
+
         Args:
             hidden: The layer's normalised input, ``(B, T, D)``.
             mask: True at real tokens, False at padding, ``(B, T)``; None where all are real.

@@ -234,7 +234,7 @@ def distill_logits(
 
     The weights that are kept are never worse on the validation split than the undistilled ones. A
     run that was interrupted goes on from its last checkpoint and ends with the same weights as an
-    unbroken one. Dropout stays off.
+    unbroken one (bitwise on a CPU). Dropout stays off.
 
     Args:
         teacher: The teacher.
