@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from tiny_study import make_study
@@ -8,6 +10,7 @@ from mohawk_nas.pipeline import Workbench
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.search import objectives
 from mohawk_nas.student import assemble
+from mohawk_nas.teacher import Teacher
 
 ALL = 'search.objective={"kl": 1.0, "stage2_cascade": 1.0, "stage2_local": 1.0}'
 
@@ -106,3 +109,21 @@ def test_training_anew_in_each_trial_gives_the_banks_numbers(bench, folder):
             scorer.score(keeping(*kept)).per_block == bench.scorer().score(keeping(*kept)).per_block
         )
     assert scorer.stage2_losses() == bench.scorer().stage2_losses()
+
+
+def test_beside_a_bfloat16_teacher_both_stage2_objectives_compute_alike(bench):
+    model = copy.deepcopy(bench.teacher.model).to(torch.bfloat16)
+    teacher = Teacher(model, bench.teacher.tokenizer)
+    scorer = objectives.BankScorer(
+        teacher,
+        bench.bank,
+        bench.blocks["search"],
+        pairs=bench.space.replaceable,
+        weights={"stage2_local": 1.0, "stage2_cascade": 1.0, "kl": 1.0},
+        batch_size=4,
+    )
+    # Up to its first replaced layer a student is the teacher.
+    for layer in range(4):
+        score = scorer.score(keeping(*(i for i in range(4) if i != layer)))
+        assert score.per_block["stage2_local"] == score.per_block["stage2_cascade"]
+        assert score.mean("kl") > 0
