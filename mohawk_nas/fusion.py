@@ -16,9 +16,8 @@ __all__ = ["fused_activations"]
 def fused_activations(*models: Any) -> Iterator[None]:
     """Run models whose GELU is written out (Phi, GPT-2) with torch's own kernel for it.
 
-    ``gelu_new`` and torch's tanh approximation are one function; written out it reads and writes
-    the widest activations of a layer eight times, which in a small model is a fifth of a training
-    step.
+    ``gelu_new`` and torch's tanh approximation are one function; written out, each of its eight
+    operations reads and writes the widest activations of a layer.
     """
     found = [
         (parent, name, child)

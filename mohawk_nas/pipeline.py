@@ -206,14 +206,14 @@ def _search(bench: Workbench) -> tuple[StudyResult, Path]:
 
 def help_search(config: StudyConfig) -> None:
     """What the other ranks do while rank 0 searches: their share of the bank."""
-    if config.search.evaluation == "bank" and first_is_ready():
+    if first_is_ready() and config.search.evaluation == "bank":
         _train_share(Workbench(config))
 
 
 def _train_bank(bench: Workbench) -> None:
+    # The text is tokenised by now; the others find it in the cache.
+    first_is_ready()
     if bench.config.search.evaluation == "bank":
-        # The text is tokenised by now; the others find it in the cache.
-        first_is_ready()
         _train_share(bench)
 
 

@@ -334,7 +334,10 @@ def test_two_ranks_make_the_bank_and_the_study_of_one(tmp_path):
         ranks.add(two.record(layer, "mamba2")["rank"])
     assert ranks == {0, 1}
     # What is wrong is told once, in one line.
-    path.write_text(yaml.safe_dump(plain(study("two")) | {"seed": 1}), encoding="utf-8")
+    changed = plain(study("two")) | {"seed": 1}
+    # Here the others have nothing to do, and must be told so all the same.
+    changed["search"]["evaluation"] = "per_trial"
+    path.write_text(yaml.safe_dump(changed), encoding="utf-8")
     refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
     lines = [line for line in refused.stderr.splitlines() if line.startswith("mohawk-nas: ")]
     assert refused.returncode and len(lines) == 1 and "begun with other settings" in lines[0], (

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic_search import SyntheticScorer, make
+from synthetic_search import SyntheticScorer, make, make_space
 
 from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.search.strategies.tpe import _nearest_unseen
 from mohawk_nas.search.strategy import (
     STRATEGIES,
     SearchContext,
@@ -289,3 +290,24 @@ def test_the_replay_of_a_table_tells_regrets(tmp_path, capsys, monkeypatch):
         "greedy": (13, 0.0),
     }
     assert "made-up: 2 of 7 layers, 21 layouts, kl" in capsys.readouterr().out
+
+
+def test_a_known_layout_gives_way_to_the_cheapest_unseen_swap():
+    space = make_space(5, replacements=("a", "b"))
+    params = {f"layer_{i:03d}.priority": p for i, p in enumerate([0.9, 0.5, 0.45, 0.1, 0.8])}
+    params |= {f"layer_{i:03d}.replacement": "b" for i in range(5)}
+
+    def keeping(*kept):
+        return Layout(tuple(ATTENTION if i in kept else "b" for i in range(5)))
+
+    layout = keeping(0, 4)
+    # By what the swap costs: 0.3 for 4 -> 1, then 0.35 for 4 -> 2.
+    order = [layout, keeping(0, 1), keeping(0, 2)]
+    seen = set()
+    for expected in order:
+        assert _nearest_unseen(layout, params, space=space, seen=seen) == expected
+        seen.add(expected)
+    # With every swap known, one layer takes another replacement.
+    seen |= {keeping(*pair) for pair in itertools.combinations(range(5), 2)}
+    flipped = _nearest_unseen(layout, params, space=space, seen=seen)
+    assert flipped.attention_layers == (0, 4) and flipped.candidates.count("a") == 1

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
+from transformers.activations import NewGELUActivation
 
 from mohawk_nas.config import TeacherConfig
 from mohawk_nas.errors import TeacherError
+from mohawk_nas.fusion import fused_activations
 from mohawk_nas.layout import Layout
 from mohawk_nas.mixer import build_mixer, mixer_config
 from mohawk_nas.student import install_mixers
@@ -81,6 +83,31 @@ def captured_matrix(capture):
         seen = seen & capture.mask[:, None, None]
     scores = query @ key.transpose(-1, -2) * view.scaling
     return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
+
+
+def test_showing_layers_ends_with_the_last_of_them():
+    teacher, (tokens, _) = Teacher(model_of("llama")), tokens_and_mask(False)
+    ran, shown = [], []
+    for view in teacher.views:
+        view.module.register_forward_hook(lambda m, a, r, i=view.layer_idx: ran.append(i))
+    teacher.show(tokens, shown.append, layers=[0])
+    assert ran == [0]
+    whole = []
+    teacher.run(tokens, on_layer=whole.append)
+    assert torch.equal(shown[0].output, whole[0].output)
+
+
+def test_a_written_out_gelu_is_fused_for_a_while():
+    model, (tokens, _) = model_of("phi", hidden_act="gelu_new"), tokens_and_mask(False)
+    activation = model.base_model.layers[0].mlp.activation_fn
+    assert type(activation) is NewGELUActivation
+    expected = model(tokens).logits
+    with pytest.raises(KeyboardInterrupt), fused_activations(model):
+        assert type(model.base_model.layers[0].mlp.activation_fn) is torch.nn.GELU
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+        raise KeyboardInterrupt
+    assert model.base_model.layers[0].mlp.activation_fn is activation
+    assert torch.equal(model(tokens).logits, expected)
 
 
 @torch.no_grad()

@@ -131,8 +131,9 @@ class BankScorer:
         return kl_of_hidden(self.teacher.model, self._teacher_hidden(number), student, hidden)
 
     def _log_probs(self, number: int) -> Tensor:
-        hidden, rows = self._teacher_hidden(number), self._batches[number].shape
-        kept = torch.empty(*rows, self.teacher.vocab_size, device=hidden.device)
+        tokens = self._batches[number]
+        hidden = self.teacher.run(tokens.to(self.teacher.device))
+        kept = torch.empty(*tokens.shape, self.teacher.vocab_size, device=hidden.device)
         # The logits of a whole batch beside them would take the same again.
         for part in row_chunks(hidden, self.teacher.model):
             kept[part] = log_probabilities(self.teacher.model, hidden[part])
