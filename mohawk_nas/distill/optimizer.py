@@ -64,6 +64,12 @@ class ClippedAdamW(torch.optim.AdamW):
         """Learning rate of the steps that follow."""
         self._rate.fill_(rate)
 
+    def share_rate(self, rate: Tensor) -> None:
+        """Take the learning rate from a scalar that several optimizers read."""
+        self._rate = rate
+        for group in self.param_groups:
+            group["lr"] = rate
+
     @torch.no_grad()
     def clipped_step(self, loss: Tensor) -> Tensor:
         """One step with the gradients that are there.

@@ -100,11 +100,13 @@ class LayerTrainer:
         self.teacher = teacher
         self.jobs = jobs
         self.stage = stage
+        self._rate = torch.tensor(stage.config.lr, device=teacher.device)
         self._by_layer: dict[int, list[int]] = {}
         for number, job in enumerate(jobs):
             self._by_layer.setdefault(job.layer, []).append(number)
             if job.optimizer is None:
                 job.optimizer = ClippedAdamW(job.mixer.parameters(), stage.config)
+            job.optimizer.share_rate(self._rate)
         # A row a job: sum and number of losses since the last entry of its curve, steps refused,
         # last loss. What was refused is in none of them.
         rows = [[job.loss_sum, job.loss_count, job.bad_steps, math.nan] for job in jobs]
@@ -120,9 +122,7 @@ class LayerTrainer:
         """
         if fresh := [number for number, job in enumerate(self.jobs) if not job.calibrated]:
             self._calibrate(fresh, tokens)
-        for job in self.jobs:
-            assert job.optimizer is not None
-            job.optimizer.set_rate(rate)
+        self._rate.fill_(rate)
         self._step(tokens)
         for job in self.jobs:
             job.step += 1
@@ -170,16 +170,27 @@ class LayerTrainer:
             self.jobs[number].calibrated = True
 
     def _train(self, tokens: Tensor) -> None:
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+
         def on_layer(capture: LayerCapture) -> None:
             for number in self._by_layer[capture.view.layer_idx]:
-                self._update(number, capture)
+                found[number] = self._update(self.jobs[number], capture)
 
         matrices = self.stage.name == "matrix"
         with fused_activations(self.teacher.model):
             self.teacher.show(tokens, on_layer, layers=self._by_layer, matrices=matrices)
+        losses = torch.stack([found[number][0] for number in range(len(found))])
+        refused = torch.stack([found[number][1] for number in range(len(found))])
+        kept = refused == 0
+        figures = self._figures.unbind(1)
+        figures[0].add_(torch.where(kept, losses, 0.0))
+        figures[1].add_(kept)
+        figures[2].add_(refused)
+        figures[3].copy_(torch.where(kept, losses, figures[3]))
 
-    def _update(self, number: int, capture: LayerCapture) -> None:
-        job, optimizer = self.jobs[number], self.jobs[number].optimizer
+    def _update(self, job: LayerJob, capture: LayerCapture) -> tuple[Tensor, Tensor]:
+        """One candidate's step; returns its loss, and 1 if it was refused."""
+        optimizer = job.optimizer
         assert optimizer is not None
         optimizer.zero_grad(set_to_none=True)
         if capture.hidden.dtype == torch.float16:
@@ -188,12 +199,7 @@ class LayerTrainer:
             with computing_in(capture.hidden.dtype, capture.hidden.device):
                 loss = self.stage.loss(job.mixer, capture)
             loss.backward()
-        refused = optimizer.clipped_step(loss)
-        figures, value = self._figures[number], loss.detach().double()
-        figures[0] += torch.where(refused > 0, 0.0, value)
-        figures[1] += 1 - refused
-        figures[2] += refused
-        figures[3] = torch.where(refused > 0, figures[3], value)
+        return loss.detach().double(), optimizer.clipped_step(loss)
 
 
 def train_layers(
