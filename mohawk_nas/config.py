@@ -186,8 +186,9 @@ class SearchConfig:
     """Selectors whose layouts are scored in the same study."""
     tokens: int = 16384
     """Tokens of the search split on which a layout is scored."""
-    batch_size: int = 8
-    """Blocks scored at once."""
+    batch_size: int | None = None
+    """Blocks scored at once; null takes what suits the device. Scores depend on it by rounding
+    alone."""
     storage: str | None = None
     """Optuna storage; None is an SQLite file in the run's folder."""
 
@@ -568,7 +569,10 @@ def _check(study: StudyConfig) -> list[str]:
         f"budget.attention_layers: must be at least 0, but got {study.budget.attention_layers}",
     )
     need(search.trials >= 1, f"search.trials: must be at least 1, but got {search.trials}")
-    need(search.batch_size >= 1, f"search.batch_size: must be at least 1, got {search.batch_size}")
+    need(
+        search.batch_size is None or search.batch_size >= 1,
+        f"search.batch_size: must be at least 1, got {search.batch_size}",
+    )
     need(
         search.storage is None or re.match(r"[a-z][a-z0-9+]*://", search.storage) is not None,
         "search.storage: must be a database's URL such as sqlite:///study.db, but got "

@@ -17,41 +17,29 @@ from torch import Tensor
 
 from mohawk_nas.capture import without_masks
 from mohawk_nas.data import TokenBlocks
+from mohawk_nas.kernels.kl_divergence import kl_divergence
 from mohawk_nas.teacher import Teacher, logits_from_hidden
 
 __all__ = [
     "BlockFigures",
+    "blocks_at_once",
     "body",
     "cross_entropy",
     "evaluate_blocks",
     "kl_divergence",
     "kl_of_hidden",
     "kl_to",
-    "log_probabilities",
     "recall_probe",
     "row_chunks",
 ]
 
+BLOCKS_ON_CPU = 8
+TOKENS_ON_GPU = 49_152
+"""Text run through a model at once where nobody says: on a CPU more is no faster, and less than
+this leaves a GPU waiting for Python if the model is small."""
+
 HEAD_VALUES = {"cpu": 2**21, "cuda": 2**26}
 """Logits computed at once: on a CPU what stays in its caches, on a GPU what fills it."""
-
-
-def kl_divergence(
-    teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0
-) -> Tensor:
-    """Forward KL divergence of the next-token distributions.
-
-    Args:
-        teacher_logits: ``(..., V)``
-        student_logits: ``(..., V)``
-        temperature: Divides both logits.
-
-    Returns:
-        ``(...)``
-    """
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -77,11 +65,6 @@ def body(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     return out.last_hidden_state  # type: ignore[no-any-return]
 
 
-def log_probabilities(model: Any, hidden: Tensor) -> Tensor:
-    """Log-probabilities of the next token, ``(B, T, V)`` in float32, from hidden states."""
-    return F.log_softmax(logits_from_hidden(model, hidden).float(), dim=-1)
-
-
 def kl_of_hidden(
     teacher: Any, teacher_hidden: Tensor, student: Any, student_hidden: Tensor
 ) -> Tensor:
@@ -94,18 +77,17 @@ def kl_of_hidden(
     """
     parts = []
     for rows in row_chunks(teacher_hidden, teacher):
-        target = log_probabilities(teacher, teacher_hidden[rows])
+        target = logits_from_hidden(teacher, teacher_hidden[rows])
         parts.append(kl_to(target, student, student_hidden[rows]))
     return torch.cat(parts)
 
 
 def kl_to(target: Tensor, student: Any, student_hidden: Tensor) -> Tensor:
-    """Mean KL divergence of each block to the teacher's log-probabilities ``(B, T, V)``."""
+    """Mean KL divergence of each block to the teacher's logits ``(B, T, V)``."""
     parts = []
     for rows in row_chunks(student_hidden, student):
-        log_probs = log_probabilities(student, student_hidden[rows])
-        divergence = F.kl_div(log_probs, target[rows], reduction="none", log_target=True)
-        parts.append(divergence.sum(-1).mean(1))
+        logits = logits_from_hidden(student, student_hidden[rows])
+        parts.append(kl_divergence(target[rows], logits).mean(1))
     return torch.cat(parts)
 
 
@@ -127,9 +109,10 @@ class BlockFigures:
 
 @torch.no_grad()
 def evaluate_blocks(
-    teacher: Teacher, model: Any, blocks: TokenBlocks, *, batch_size: int
+    teacher: Teacher, model: Any, blocks: TokenBlocks, *, batch_size: int | None = None
 ) -> BlockFigures:
     """KL divergence to the teacher and cross-entropy of a causal LM on every block."""
+    batch_size = batch_size or blocks_at_once(blocks, teacher.device)
     kl: list[float] = []
     losses: list[float] = []
     for start in range(0, len(blocks), batch_size):
@@ -168,6 +151,13 @@ def recall_probe(
         right += int((guess == rows[:, length + 1 :]).sum())
         count += guess.numel()
     return right / count
+
+
+def blocks_at_once(blocks: TokenBlocks, device: torch.device) -> int:
+    """Blocks of a batch that is run without gradients, where nobody says."""
+    if device.type == "cpu":
+        return BLOCKS_ON_CPU
+    return max(1, TOKENS_ON_GPU // blocks.tokens.shape[1])
 
 
 def row_chunks(hidden: Tensor, model: Any) -> Iterator[slice]:

@@ -1,12 +1,8 @@
 """Stage 1's distance without matrices is the distance of the matrices."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import interpreting
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -289,25 +285,12 @@ INTERPRETED = {
 
 def interpreted():
     """Relative errors of the kernel by case and tensor; to be called where Triton interprets."""
-    import triton.runtime.interpreter as interpreter
-
     from mohawk_nas.kernels import _matrix_orientation_triton as fused
 
-    # numpy >= 2.4 makes no integer of an array with one element, which Triton 3.6 relies on.
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
+    interpreting.ready()
     # Small tiles, unequal from kernel to kernel, so that small inputs have many.
     one, two = fused.Launch(16, 16, 4, 1), fused.Launch(32, 16, 4, 1)
     fused.choose = lambda *args, **kwargs: fused.Launches(two, one, two)
-    torch.set_num_threads(1)
-    # Uninitialised memory then holds NaN.
-    torch.use_deterministic_algorithms(True)
-    torch.manual_seed(0)
     errors = {}
     for case, (shape, settings) in INTERPRETED.items():
         given = operands(**shape)
@@ -337,18 +320,7 @@ def interpreted():
 
 @pytest.fixture(scope="module")
 def interpreted_errors():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    tests = Path(__file__).parent
-    paths = [str(tests), str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {__name__.split('.')[-1]} as t; t.interpreted()"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return interpreting.errors_of(__name__)
 
 
 @pytest.mark.parametrize("case", INTERPRETED)

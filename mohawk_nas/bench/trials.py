@@ -12,8 +12,8 @@ from mohawk_nas.bank import Bank
 from mohawk_nas.bench.results import Record
 from mohawk_nas.bench.setup import Case, FreshBank, Setup
 from mohawk_nas.bench.timing import Timing, peak_bytes
-from mohawk_nas.config import SearchConfig
 from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.metrics import blocks_at_once
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.objectives import BankScorer
 
@@ -38,9 +38,10 @@ def cases(setup: Setup) -> Iterator[Case]:
     }
     if budget.count(setup.space) <= ALL_UP_TO:
         streams["every layout in order"] = list(budget.enumerate(setup.space))
-    blocks = _search_tokens(setup) // setup.shape.block_size
-    shapes = setup.step_shapes(_batch_size(setup)) | {
-        "blocks": blocks,
+    blocks = setup.blocks("search", _search_tokens(setup))
+    batch_size = setup.options.batch_size or blocks_at_once(blocks, setup.device)
+    shapes = setup.step_shapes(min(batch_size, len(blocks))) | {
+        "blocks": len(blocks),
         "attention_layers": setup.shape.keep,
     }
     for name, layouts in streams.items():
@@ -70,7 +71,7 @@ def _measure(
     pairs = [(layer, setup.candidate) for layer in range(teacher.num_layers)]
 
     def scorer(**options: Any) -> BankScorer:
-        batch_size = _batch_size(setup)
+        batch_size = setup.options.batch_size
         weights = {"kl": 1.0}
         return BankScorer(
             teacher, bank, blocks, pairs=pairs, weights=weights, batch_size=batch_size, **options
@@ -117,7 +118,3 @@ def _measure(
 def _search_tokens(setup: Setup) -> int:
     quick = 2 * setup.shape.block_size if setup.options.quick else SEARCH_TOKENS
     return setup.options.search_tokens or quick
-
-
-def _batch_size(setup: Setup) -> int:
-    return setup.options.batch_size or SearchConfig().batch_size

@@ -28,7 +28,6 @@ B batch, H heads of the student, T tokens, P head size of the teacher, N state s
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -38,6 +37,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mohawk_nas.kernels._available import launching_on
 
 __all__ = ["fused_matrix_distance"]
 
@@ -747,7 +748,7 @@ class _MatrixDistance(torch.autograd.Function):
         tiles = triton.cdiv(length, sizes.block)
         b_grad = _empty_gradient(b)
         columns_grad = torch.empty_like(high)
-        with _launching_on(c.device):
+        with launching_on(c.device):
             _columns_kernel[(batch * heads * tiles,)](
                 query, key, c, b, diagonal, pairs, high, low, from_start, logsum, upstream,
                 b_grad, columns_grad,
@@ -772,11 +773,6 @@ class _MatrixDistance(torch.autograd.Function):
             scaled, b_grad, decay_grad.to(ctx.decay_dtype), d_grad,
             None, None, None, None, None, None,
         )  # fmt: skip
-
-
-def _launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def fused_matrix_distance(
@@ -811,7 +807,7 @@ def fused_matrix_distance(
         heads = _on_device(tuple(heads.tolist()), c.device)
     factors = (c, b, log_decay, diagonal)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in factors)
-    with _launching_on(c.device):
+    with launching_on(c.device):
         result: Tensor = _MatrixDistance.apply(
             _rowwise(c), _rowwise(b), log_decay, diagonal,
             _rowwise(query.detach()), _rowwise(key.detach()),

@@ -5,15 +5,13 @@ B batch, H heads of the student, T tokens, P head size, N state size.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mohawk_nas.kernels._available import triton_obstacle
 from mohawk_nas.mixer import MatrixFactors
 
 __all__ = ["blockwise_matrix_distance", "matrix_distance"]
@@ -90,16 +88,10 @@ def _obstacle(
     query: Tensor, key: Tensor, factors: MatrixFactors, *, scaling: float, mask: Tensor | None
 ) -> str | None:
     """Why the fused kernel cannot run, or None."""
-    device = query.device
     if mask is not None:
         return "the batch has a padding mask"
-    # Triton's interpreter runs on the CPU, for tests.
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {device.type}"
-    if not _has_triton():
-        return "triton is not installed"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU's compute capability is below 8.0"
+    if (obstacle := triton_obstacle(query.device)) is not None:
+        return obstacle
     types = (torch.float32, torch.float16, torch.bfloat16)
     for tensors in ((query, key), (factors.c, factors.b)):
         if tensors[0].dtype not in types or tensors[1].dtype != tensors[0].dtype:
@@ -114,11 +106,6 @@ def _obstacle(
 
 _LARGEST = 256
 """Head or state size that the fused kernel can hold on chip."""
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def blockwise_matrix_distance(

@@ -20,8 +20,9 @@ from mohawk_nas.capture import LayerCapture
 from mohawk_nas.config import OBJECTIVES
 from mohawk_nas.data import TokenBlocks
 from mohawk_nas.distill.hidden import relative_distance
+from mohawk_nas.fusion import fused_activations
 from mohawk_nas.layout import Layout
-from mohawk_nas.metrics import kl_of_hidden, kl_to, log_probabilities, row_chunks
+from mohawk_nas.metrics import blocks_at_once, kl_of_hidden, kl_to, row_chunks
 from mohawk_nas.precision import run_mixer
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.search.prefixes import HybridRunner
@@ -33,7 +34,7 @@ __all__ = ["BankScorer", "PerTrialScorer"]
 T = TypeVar("T")
 
 KEPT_BYTES = {"teacher": 2**29, "students": 2**28}
-"""On a CPU, what is kept of the teacher's log-probabilities and mixer outputs, and of students'
+"""On a CPU, what is kept of the teacher's logits and mixer outputs, and of students'
 hidden states; the rest is made again when it is needed."""
 
 KEPT_SHARES = {"teacher": 0.25, "students": 0.25}
@@ -52,7 +53,7 @@ class BankScorer:
         blocks: The search split.
         pairs: Every (layer, candidate besides attention) that a layout may hold.
         weights: Objective -> weight. Only the objectives named are computed.
-        batch_size: Blocks at once.
+        batch_size: Blocks at once; None takes what suits the device.
         kept_bytes: Memory for what is computed once and kept, of the ``teacher`` and of
             ``students``; None takes a share of what there is. No score depends on it.
     """
@@ -65,7 +66,7 @@ class BankScorer:
         *,
         pairs: Sequence[tuple[int, str]],
         weights: Mapping[str, float],
-        batch_size: int,
+        batch_size: int | None = None,
         kept_bytes: Mapping[str, int] | None = None,
     ) -> None:
         self.teacher = teacher
@@ -74,6 +75,7 @@ class BankScorer:
         self.pairs = pairs
         self.weights = weights
         self.num_layers = teacher.num_layers
+        batch_size = batch_size or blocks_at_once(blocks, teacher.device)
         self._batches = [
             blocks.batch(list(range(start, min(start + batch_size, len(blocks)))))
             for start in range(0, len(blocks), batch_size)
@@ -105,10 +107,11 @@ class BankScorer:
         kl: list[Tensor] = []
         cascade: list[Tensor] = []
         targets = self._mixer_outputs if "stage2_cascade" in self.weights else None
-        for number, (hidden, distance) in enumerate(self._runner.run(layout, targets)):
-            cascade.append(distance)
-            if "kl" in self.weights:
-                kl.append(self._kl(number, hidden))
+        with fused_activations(self.teacher.model, self._runner.model):
+            for number, (hidden, distance) in enumerate(self._runner.run(layout, targets)):
+                cascade.append(distance)
+                if "kl" in self.weights:
+                    kl.append(self._kl(number, hidden))
         # Read once, at the end: each look waits for the GPU.
         found = {"kl": kl, "stage2_cascade": cascade}
         return {name: torch.cat(found[name]) for name in found if name in self.weights}
@@ -122,21 +125,23 @@ class BankScorer:
     def _kl(self, number: int, hidden: Tensor) -> Tensor:
         student, tokens = self._runner.model, self._batches[number]
         target = self._once(
-            ("log-probabilities", number),
-            tokens.numel() * self.teacher.vocab_size * 4,
-            lambda: self._log_probs(number),
+            ("logits", number),
+            tokens.numel() * self.teacher.vocab_size * self.teacher.model.dtype.itemsize,
+            lambda: self._logits(number),
         )
         if target is not None:
             return kl_to(target, student, hidden)
         return kl_of_hidden(self.teacher.model, self._teacher_hidden(number), student, hidden)
 
-    def _log_probs(self, number: int) -> Tensor:
-        tokens = self._batches[number]
-        hidden = self.teacher.run(tokens.to(self.teacher.device))
-        kept = torch.empty(*tokens.shape, self.teacher.vocab_size, device=hidden.device)
-        # The logits of a whole batch beside them would take the same again.
+    def _logits(self, number: int) -> Tensor:
+        hidden = self.teacher.run(self._batches[number].to(self.teacher.device))
+        kept = None
         for part in row_chunks(hidden, self.teacher.model):
-            kept[part] = log_probabilities(self.teacher.model, hidden[part])
+            logits = self.teacher.logits(hidden[part])
+            if kept is None:
+                kept = logits.new_empty(*hidden.shape[:2], logits.shape[-1])
+            kept[part] = logits
+        assert kept is not None
         return kept
 
     def _teacher_hidden(self, number: int) -> Tensor:
@@ -194,8 +199,9 @@ class BankScorer:
                 distance = relative_distance(output, capture.output)
                 parts.setdefault((layer, name), []).append(distance.cpu())
 
-        for tokens in self._batches:
-            self.teacher.run(tokens.to(self.teacher.device), on_layer=on_layer, layers=names)
+        with fused_activations(self.teacher.model):
+            for tokens in self._batches:
+                self.teacher.run(tokens.to(self.teacher.device), on_layer=on_layer, layers=names)
         return {pair: torch.cat(rows) for pair, rows in parts.items()}
 
 
