@@ -6,6 +6,7 @@ keep Python busy and the GPU waiting.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -45,9 +46,6 @@ class RecordedStep:
         self._can_record = device.type == "cuda"
         self._inputs: tuple[Tensor, ...] = ()
         self._under_way: deque[torch.cuda.Event] = deque()
-        # What autograd and the libraries set up on first use belongs to a stream, so the plain
-        # steps run on the one that is recorded.
-        self._side = torch.cuda.Stream(device) if self._can_record else None
 
     def __call__(self, *inputs: Tensor) -> None:
         """One step on CPU tensors; returns before the GPU has finished."""
@@ -85,18 +83,17 @@ class RecordedStep:
         self._under_way[-1].record()
 
     def _run_aside(self) -> None:
-        assert self._side is not None
-        current = torch.cuda.current_stream()
-        self._side.wait_stream(current)
-        with torch.cuda.stream(self._side):
+        current, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
             self._step(*self._inputs)
-        current.wait_stream(self._side)
+        current.wait_stream(side)
 
     def _record(self) -> None:
         self._can_record = False
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._side):
+            with torch.cuda.graph(graph, stream=_side_stream(torch.cuda.current_device())):
                 self._step(*self._inputs)
         except torch.cuda.OutOfMemoryError:
             raise
@@ -106,6 +103,16 @@ class RecordedStep:
             log.warning("the step cannot be recorded as a CUDA graph and runs slowly: %s", reason)
         else:
             self._graph = graph
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """Where a GPU's plain steps run and recordings are made, one after the other.
+
+    What autograd and the libraries set up on first use belongs to a stream: the plain steps do it
+    for the recording. cuBLAS never gives its part back, so there is one stream for all.
+    """
+    return torch.cuda.Stream(device)
 
 
 def _released(*inputs: Tensor) -> None:

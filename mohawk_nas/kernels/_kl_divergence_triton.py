@@ -53,21 +53,22 @@ def _forward_kernel(
         s = tl.load(student + columns, mask=seen, other=float("-inf")).to(tl.float32)
         t_risen = tl.maximum(t_top, tl.max(t, 0))
         s_risen = tl.maximum(s_top, tl.max(s, 0))
-        t_below = (t - t_risen) * scale
-        s_below = (s - s_risen) * scale
-        weights = tl.exp2(t_below)
-        # What came before is seen from the new maxima.
-        t_step = (t_top - t_risen) * scale
-        s_step = (s_top - s_risen) * scale
-        shrink = tl.exp2(t_step)
+        t_below = t - t_risen
+        s_below = s - s_risen
+        weights = tl.exp2(t_below * scale)
+        # What came before is seen from the new maxima. Differences are taken before they are
+        # scaled: a fused multiplication and subtraction would leave rounding of equal logits.
+        t_step = t_top - t_risen
+        s_step = s_top - s_risen
+        shrink = tl.exp2(t_step * scale)
         apart = (apart + t_sum * (t_step - s_step)) * shrink
         # Where the teacher gives no probability nothing is lost, whatever the student says.
         apart += tl.sum(tl.where(weights > 0, weights * (t_below - s_below), 0.0), 0)
         t_sum = t_sum * shrink + tl.sum(weights, 0)
-        s_sum = s_sum * tl.exp2(s_step) + tl.sum(tl.exp2(s_below), 0)
+        s_sum = s_sum * tl.exp2(s_step * scale) + tl.sum(tl.exp2(s_below * scale), 0)
         t_top = t_risen
         s_top = s_risen
-    tl.store(divergence + row, (apart / t_sum - tl.log2(t_sum) + tl.log2(s_sum)) * _LN2)
+    tl.store(divergence + row, (apart / t_sum * scale - (tl.log2(t_sum) - tl.log2(s_sum))) * _LN2)
     tl.store(tops + row, t_top)
     tl.store(tops + rows + row, s_top)
     tl.store(sums + row, t_sum)
