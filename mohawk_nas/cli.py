@@ -152,7 +152,7 @@ def evaluate(target: Run) -> None:
     from mohawk_nas.reporting import screen
 
     _quiet()
-    screen.show_evaluation(measure(find_target(target), reporter=screen.reporter()))
+    screen.show_evaluation(*measure(find_target(target), reporter=screen.reporter()))
 
 
 @app.command()

@@ -41,7 +41,7 @@ __all__ = [
     "study_from_dict",
 ]
 
-OBJECTIVES = ("stage2_local", "stage2_cascade", "kl")
+OBJECTIVES = ("stage2_local", "stage2_cascade", "kl", "recall")
 
 
 @dataclass(frozen=True, kw_only=True)

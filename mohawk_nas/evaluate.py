@@ -16,8 +16,9 @@ from mohawk_nas.errors import BankError, RunError
 from mohawk_nas.export.hf import load_hybrid
 from mohawk_nas.files import DamagedFile, read_json
 from mohawk_nas.layout import Layout
-from mohawk_nas.metrics import BlockFigures, evaluate_blocks, recall_probe
+from mohawk_nas.metrics import BlockFigures, evaluate_blocks
 from mohawk_nas.pipeline import Workbench, load_best
+from mohawk_nas.recall import RecallProbe, recall
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.student import assemble
 from mohawk_nas.teacher import pick_device
@@ -27,9 +28,6 @@ __all__ = ["Evaluation", "Target", "continue_text", "evaluate", "find_target"]
 CARD = "mohawk_nas.json"
 """File in an exported folder that says which study it came from."""
 
-RECALL_LENGTH = 16
-"""Tokens of the string that the recall probe repeats."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
@@ -37,8 +35,8 @@ class Evaluation:
 
     name: str
     figures: BlockFigures
-    recall: float
-    """Share of a repeated random string that is predicted right, 0 to 1."""
+    recall: float | None
+    """Share of right answers to the test split's probe, 0 to 1; None if the teacher solves none."""
 
     @property
     def perplexity(self) -> float:
@@ -90,13 +88,19 @@ def _study_of(card: Path) -> StudyConfig:
         ) from e
 
 
-def evaluate(target: Target, *, reporter: Reporter = SILENT) -> list[Evaluation]:
+def evaluate(
+    target: Target, *, reporter: Reporter = SILENT
+) -> tuple[list[Evaluation], RecallProbe | None]:
     """Figures of the teacher, of the undistilled student where its bank is there, and of the model.
+
+    Returns:
+        The figures, and what recall was asked by.
 
     Raises:
         DataError: The study's text cannot be read.
     """
     bench = Workbench(target.study, reporter)
+    probe = bench.probe("test")
     rows = []
     for name, model in _models(target, bench):
         with reporter.stage(f"evaluating the {name}", total=None, unit="block"):
@@ -106,9 +110,9 @@ def evaluate(target: Target, *, reporter: Reporter = SILENT) -> list[Evaluation]
                 bench.blocks["test"],
                 batch_size=target.study.search.batch_size,
             )
-            recall = recall_probe(model, vocab_size=bench.teacher.vocab_size, length=RECALL_LENGTH)
-        rows.append(Evaluation(name=name, figures=figures, recall=recall))
-    return rows
+            share = None if probe is None else recall(model, probe)
+        rows.append(Evaluation(name=name, figures=figures, recall=share))
+    return rows, probe
 
 
 @torch.no_grad()

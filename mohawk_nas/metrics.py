@@ -1,4 +1,4 @@
-"""What a model is measured by, defined once for objectives, distillation and evaluation.
+"""What a model is measured by on text, defined once for objectives, distillation and evaluation.
 
 B batch (blocks), T tokens a block, D model width, V vocabulary. Everything is in nats a token and
 in float32.
@@ -29,7 +29,6 @@ __all__ = [
     "kl_divergence",
     "kl_of_hidden",
     "kl_to",
-    "recall_probe",
     "row_chunks",
 ]
 
@@ -124,33 +123,6 @@ def evaluate_blocks(
             logits = logits_from_hidden(model, hidden[rows])
             losses += cross_entropy(logits, tokens[rows]).mean(1).tolist()
     return BlockFigures(kl=tuple(kl), cross_entropy=tuple(losses))
-
-
-@torch.no_grad()
-def recall_probe(
-    model: Any, *, vocab_size: int, length: int, num_sequences: int = 32, seed: int = 0
-) -> float:
-    """Share of tokens a model predicts right when a random string is repeated.
-
-    A string of ``length`` random tokens is followed by itself; the second copy, after its first
-    token, can only be known from the first.
-
-    Returns:
-        Accuracy, 0 to 1, of the most likely token.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    # The first ids of most vocabularies are control tokens and single bytes.
-    low = min(256, vocab_size // 2)
-    string = torch.randint(low, vocab_size, (num_sequences, length), generator=generator)
-    tokens = torch.cat([string, string], dim=1).to(next(model.parameters()).device)
-    right, count = 0, 0
-    for start in range(0, num_sequences, 8):
-        rows = tokens[start : start + 8]
-        hidden = body(model, rows)[:, length : 2 * length - 1]
-        guess = logits_from_hidden(model, hidden).argmax(-1)
-        right += int((guess == rows[:, length + 1 :]).sum())
-        count += guess.numel()
-    return right / count
 
 
 def blocks_at_once(blocks: TokenBlocks, device: torch.device) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from mohawk_nas import recall
 from mohawk_nas.bank import Bank
 from mohawk_nas.config import BankConfig, StudyConfig, plain, study_from_dict
 from mohawk_nas.data import TokenBlocks, load_blocks
@@ -116,7 +117,9 @@ class Workbench:
     def identity(self) -> dict[str, Any]:
         """What every score of this study depends on beyond its settings."""
         keys = [self.bank.key(*pair) for pair in self.space.replaceable]
-        return {
+        probe = self.probe("search") if "recall" in self.config.search.objective else None
+        asked = {"recall probe": f"{probe}"} if probe else {}
+        return asked | {
             "teacher": self.teacher.fingerprint,
             "type of the teacher's weights": str(self.teacher.model.dtype),
             "text of the bank split": self.blocks["bank"].fingerprint,
@@ -125,9 +128,47 @@ class Workbench:
             "mixers or their training": hashlib.sha256("".join(keys).encode()).hexdigest()[:32],
         }
 
+    def probe(self, split: recall.Split) -> recall.RecallProbe | None:
+        """The split's recall probe, None if the teacher solves none."""
+        if split not in self._probes:
+            # As many questions to each block of the search split.
+            blocks = len(self.blocks["search"]) if split == "search" else 1
+            sequences = -(-recall.NUM_SEQUENCES // blocks) * blocks
+            self._probes[split] = recall.make_probe(self.teacher, split, num_sequences=sequences)
+        return self._probes[split]
+
+    @cached_property
+    def _probes(self) -> dict[recall.Split, recall.RecallProbe | None]:
+        return {}
+
+    @cached_property
+    def study(self) -> StudyConfig:
+        """The study as this teacher allows it: recall is left out if it solves no probe.
+
+        Raises:
+            TeacherError: Nothing would be left to score by.
+        """
+        search = self.config.search
+        if "recall" not in search.objective:
+            return self.config
+        if (probe := self.probe("search")) is not None:
+            self.reporter.say(
+                f"recall is asked by {probe}; the teacher gets {probe.teacher_recall:.0%} right"
+            )
+            return self.config
+        said = (
+            f"{self.teacher.source} solves no recall probe (fewer than {recall.SOLVED:.0%} of "
+            f"{recall.NUM_PAIRS[0]} pairs)"
+        )
+        rest = {name: weight for name, weight in search.objective.items() if name != "recall"}
+        if not rest:
+            raise TeacherError(f"search.objective: {said}; score by kl instead")
+        self.reporter.say(f"{said}: recall is left out of the objective")
+        return dataclasses.replace(self.config, search=dataclasses.replace(search, objective=rest))
+
     def scorer(self) -> BankScorer:
         """Scores layouts as ``search.evaluation`` says."""
-        search = self.config.search
+        search = self.study.search
         kind = PerTrialScorer if search.evaluation == "per_trial" else BankScorer
         scorer = kind(
             self.teacher,
@@ -135,6 +176,7 @@ class Workbench:
             self.blocks["search"],
             pairs=self.space.replaceable,
             weights=search.objective,
+            probe=self.probe("search") if "recall" in search.objective else None,
             batch_size=search.batch_size,
         )
         if self.teacher.device.type == "cuda":
@@ -191,7 +233,7 @@ def _search(bench: Workbench) -> tuple[StudyResult, Path]:
         return {"bank": {str(i): bench.bank.key(i, layout[i]) for i in layout.replaced_layers}}
 
     result = run_study(
-        config,
+        bench.study,
         bench.space,
         bench.budget,
         bench.scorer(),
@@ -254,7 +296,7 @@ def score(
         layout = bench.space.parse(text)
     except LayoutError as e:
         raise LayoutError(f"layout {text!r}: {e}") from e
-    result = load_result(config, bench.space, bench.budget, run_dir=config.run_dir)
+    result = load_result(bench.study, bench.space, bench.budget, run_dir=config.run_dir)
     if layout in result.by_layout:
         scored = result.by_layout[layout].score
     else:

@@ -56,31 +56,6 @@ def test_kl_of_hidden_states_is_the_kl_of_logits(bench):
     torch.testing.assert_close(found, expected)
 
 
-def test_the_recall_probe_tells_a_copier_from_one_that_guesses(bench):
-    class Copier(torch.nn.Module):
-        """Predicts what followed the current token's earlier copy."""
-
-        def __init__(self, model):
-            super().__init__()
-            self.inner, self.config = model, model.config
-
-        def base(self, input_ids, **kwargs):
-            length = input_ids.shape[1] // 2
-            copied = input_ids.roll(length - 1, dims=1)
-            return type("Out", (), {"last_hidden_state": F.one_hot(copied, 4096).float()})
-
-    model = Copier(bench.teacher.model)
-    model.base_model = lambda **kwargs: model.base(**kwargs)
-    whole = metrics.recall_probe
-    original = metrics.logits_from_hidden
-    try:
-        metrics.logits_from_hidden = lambda m, hidden: hidden
-        assert whole(model, vocab_size=4096, length=8) == 1.0
-    finally:
-        metrics.logits_from_hidden = original
-    assert whole(bench.teacher.model, vocab_size=4096, length=8) < 0.2
-
-
 def test_perplexity_is_the_exponential_of_cross_entropy():
     from mohawk_nas.evaluate import Evaluation
 

@@ -128,9 +128,9 @@ def test_stages_one_and_two_can_be_part_of_the_distillation(searched, tmp_path, 
 def test_export_evaluate_generate(folder, distilled):
     out, found = export_folder(distilled[1])
     assert found["reloaded logits"] <= 1e-5 and found["prefill and decode"] <= 1e-5
-    run = evaluate(find_target(distilled[1].parent))
+    run, _ = evaluate(find_target(distilled[1].parent))
     assert [row.name for row in run] == ["teacher", "undistilled student", "distilled student"]
-    exported = evaluate(find_target(out))
+    exported, _ = evaluate(find_target(out))
     assert [row.name for row in exported] == ["teacher", "export"]
     assert exported[1].figures == run[2].figures
     assert run[0].figures.mean_kl == pytest.approx(0, abs=1e-6)
@@ -260,8 +260,8 @@ def test_evaluation_follows_the_layout_that_was_distilled(searched, distilled, t
     other = next(t for t in searched[0].ranking if t.layout != searched[0].best.layout)
     raw["layout"] = list(other.layout.candidates)
     (copy / "best.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    rows = {row.name: row.figures for row in evaluate(find_target(copy))}
-    whole = {row.name: row.figures for row in evaluate(find_target(searched[1].parent))}
+    rows = {row.name: row.figures for row in evaluate(find_target(copy))[0]}
+    whole = {row.name: row.figures for row in evaluate(find_target(searched[1].parent))[0]}
     assert rows["undistilled student"] == whole["undistilled student"]
 
 

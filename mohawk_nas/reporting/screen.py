@@ -13,10 +13,11 @@ from rich.text import Text
 
 from mohawk_nas.config import OBJECTIVES, StudyConfig
 from mohawk_nas.distill.logits import LogitsResult
-from mohawk_nas.evaluate import RECALL_LENGTH, Evaluation
+from mohawk_nas.evaluate import Evaluation
 from mohawk_nas.layout import Layout
 from mohawk_nas.mixer import MIXERS
 from mohawk_nas.plan import Plan
+from mohawk_nas.recall import RecallProbe
 from mohawk_nas.reporting.console import print_placement, print_result
 from mohawk_nas.reporting.progress import ConsoleReporter
 from mohawk_nas.reporting.text import OBJECTIVE_NOTES
@@ -143,8 +144,8 @@ def show_export(folder: Path, found: Mapping[str, float], *, next_command: str) 
     _next(next_command)
 
 
-def show_evaluation(rows: Sequence[Evaluation]) -> None:
-    """Models beside each other."""
+def show_evaluation(rows: Sequence[Evaluation], probe: RecallProbe | None) -> None:
+    """Models beside each other, the teacher first."""
     table = _table("Test split")
     table.add_column("model", no_wrap=True)
     for column in ("perplexity", "KL to the teacher", "± standard error", "recall"):
@@ -157,13 +158,15 @@ def show_evaluation(rows: Sequence[Evaluation]) -> None:
             f"{row.perplexity:.2f}",
             f"{row.figures.mean_kl:.4f}",
             f"{error:.4f}",
-            f"{row.recall:.1%}",
+            "-" if row.recall is None else f"{row.recall:.1%}",
         )
     _OUT.print(table)
-    _say(
-        f"KL in nats a token. Recall: share of a repeated string of {RECALL_LENGTH} random tokens "
-        f"that is predicted right; the teacher's {rows[0].recall:.1%} is what there is to keep."
+    asked = (
+        "the teacher solves no probe, so there is none to keep"
+        if probe is None
+        else f"share of right answers to {probe}; the teacher's is what there is to keep"
     )
+    _say(f"KL in nats a token. Recall: {asked}.")
 
 
 def show_names(what: str) -> None:

@@ -10,6 +10,7 @@ from mohawk_nas.search.result import Comparison, StudyResult
 
 OBJECTIVE_NOTES: Mapping[str, str] = {
     "kl": "KL divergence from the teacher, nats a token",
+    "recall": "share of the teacher's key-value recall that is lost",
     "stage2_cascade": "relative distance of the replaced mixers' outputs in the assembled student",
     "stage2_local": "relative distance of the replaced mixers' outputs on the teacher's inputs",
 }

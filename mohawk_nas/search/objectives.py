@@ -24,6 +24,7 @@ from mohawk_nas.fusion import fused_activations
 from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import blocks_at_once, kl_of_hidden, kl_to, row_chunks
 from mohawk_nas.precision import run_mixer
+from mohawk_nas.recall import RecallProbe
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.search.prefixes import HybridRunner
 from mohawk_nas.search.scoring import Score
@@ -51,6 +52,7 @@ class BankScorer:
         teacher: The teacher.
         bank: Holds every candidate that a layout may name.
         blocks: The search split.
+        probe: Asked for objective ``recall``.
         pairs: Every (layer, candidate besides attention) that a layout may hold.
         weights: Objective -> weight. Only the objectives named are computed.
         batch_size: Blocks at once; None takes what suits the device.
@@ -66,6 +68,7 @@ class BankScorer:
         *,
         pairs: Sequence[tuple[int, str]],
         weights: Mapping[str, float],
+        probe: RecallProbe | None = None,
         batch_size: int | None = None,
         kept_bytes: Mapping[str, int] | None = None,
     ) -> None:
@@ -74,6 +77,7 @@ class BankScorer:
         self.blocks = blocks
         self.pairs = pairs
         self.weights = weights
+        self.probe = probe
         self.num_layers = teacher.num_layers
         batch_size = batch_size or blocks_at_once(blocks, teacher.device)
         self._batches = [
@@ -93,6 +97,8 @@ class BankScorer:
             columns["stage2_local"] = torch.stack([torch.zeros(len(self.blocks)), *rows]).sum(0)
         if "kl" in self.weights or "stage2_cascade" in self.weights:
             columns |= self._score_assembled(layout)
+        if "recall" in self.weights:
+            columns["recall"] = self._recall_lost(layout)
         return Score(
             per_block={n: tuple(columns[n].tolist()) for n in OBJECTIVES if n in self.weights},
             tokens=self.blocks.tokens.numel(),
@@ -116,11 +122,32 @@ class BankScorer:
         found = {"kl": kl, "stage2_cascade": cascade}
         return {name: torch.cat(found[name]) for name in found if name in self.weights}
 
+    def _recall_lost(self, layout: Layout) -> Tensor:
+        """Share of the teacher's recall that is lost; questions are dealt out to the blocks."""
+        assert self.probe is not None
+        model, shares = self._asked.model, []
+        with fused_activations(self.teacher.model, model):
+            for tokens, (hidden, _) in zip(self._questions, self._asked.run(layout), strict=True):
+                shares.append(self.probe.right(model, hidden, tokens))
+        right: Tensor = torch.cat(shares).unflatten(0, (-1, len(self.blocks))).mean(0)
+        return 1 - right / self.probe.teacher_recall
+
     @cached_property
     def _runner(self) -> HybridRunner:
-        return HybridRunner(
-            self.teacher, self.bank, self._batches, max_bytes=self.kept_bytes["students"]
-        )
+        share = self.kept_bytes["students"]
+        return HybridRunner(self.teacher, self.bank, self._batches, max_bytes=share)
+
+    @cached_property
+    def _asked(self) -> HybridRunner:
+        # Besides the text's: as much again, since the probe is a fraction of the text.
+        share = self.kept_bytes["students"]
+        return HybridRunner(self.teacher, self.bank, self._questions, max_bytes=share)
+
+    @cached_property
+    def _questions(self) -> list[Tensor]:
+        assert self.probe is not None
+        at_once = self._batches[0].numel() // self.probe.tokens.shape[1]
+        return list(self.probe.batches(max(1, at_once)))
 
     def _kl(self, number: int, hidden: Tensor) -> Tensor:
         student, tokens = self._runner.model, self._batches[number]
@@ -217,7 +244,8 @@ class PerTrialScorer(BankScorer):
         pairs = [(i, layout[i]) for i in layout.replaced_layers]
         self.bank.train(pairs, reporter=SILENT, keep=False)
         # What was kept was made by other mixers.
-        self.__dict__.pop("_runner", None)
+        for runner in ("_runner", "_asked"):
+            self.__dict__.pop(runner, None)
         if "stage2_local" in self.weights:
             self.stage2_losses()
         score = super().score(layout)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from mohawk_nas.bank import Bank
-from mohawk_nas.evaluate import RECALL_LENGTH
 from mohawk_nas.files import write_json
 from mohawk_nas.layout import Layout
-from mohawk_nas.metrics import BlockFigures, evaluate_blocks, recall_probe
+from mohawk_nas.metrics import BlockFigures, evaluate_blocks
 from mohawk_nas.pipeline import Workbench, load_best
+from mohawk_nas.recall import recall
 from mohawk_nas.runs import provenance
 from mohawk_nas.search.study import load_result
 from mohawk_nas.student import assemble
@@ -33,11 +33,11 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_best(arguments.run).study
     bench = Workbench(config)
-    result = load_result(config, bench.space, bench.budget, run_dir=arguments.run)
+    result = load_result(bench.study, bench.space, bench.budget, run_dir=arguments.run)
     layouts = {"best": result.best.layout, **result.baselines}
     figures = {name: measure(bench, layout) for name, layout in layouts.items()}
     rows = []
-    for name, (found, recall) in sorted(figures.items(), key=lambda item: item[1][0].mean_kl):
+    for name, (found, share) in sorted(figures.items(), key=lambda item: item[1][0].mean_kl):
         rows.append(
             {
                 "name": name,
@@ -46,7 +46,7 @@ def main() -> None:
                 "test_kl": found.mean_kl,
                 "more_than_best": paired(found, figures["best"][0]),
                 "test_cross_entropy": found.mean_cross_entropy,
-                "recall": recall,
+                "recall": share,
             }
         )
     teacher = measure(bench, None)
@@ -54,7 +54,7 @@ def main() -> None:
         "name": config.name,
         "test_tokens": bench.blocks["test"].tokens.numel(),
         "teacher": {"test_cross_entropy": teacher[0].mean_cross_entropy, "recall": teacher[1]},
-        "recall_length": RECALL_LENGTH,
+        "recall_probe": str(bench.probe("test") or "none that the teacher solves"),
         "layouts": rows,
         "layouts_scored": len(result.trials),
         "bank_tokens": {"matrix": config.bank.matrix.tokens, "hidden": config.bank.hidden.tokens},
@@ -71,21 +71,27 @@ def main() -> None:
         more = "{mean:+.4f} ± {standard_error:.4f}".format(**row["more_than_best"])
         print(
             f"{row['name']:<22}{row['test_kl']:>8.4f}{more:>18}{row['test_cross_entropy']:>13.4f}"
-            f"{row['recall']:>9.1%}"
+            f"{percent(row['recall']):>9}"
         )
     print(
-        f"{'teacher':<22}{0:>8.4f}{'':>18}{teacher[0].mean_cross_entropy:>13.4f}{teacher[1]:>9.1%}"
+        f"{'teacher':<22}{0:>8.4f}{'':>18}{teacher[0].mean_cross_entropy:>13.4f}"
+        f"{percent(teacher[1]):>9}"
     )
 
 
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
 @torch.no_grad()
-def measure(bench: Workbench, layout: Layout | None) -> tuple[BlockFigures, float]:
-    """KL divergence and cross-entropy on the test split, and recall; None is the teacher."""
+def measure(bench: Workbench, layout: Layout | None) -> tuple[BlockFigures, float | None]:
+    """KL divergence and cross-entropy on the test split, and recall; no layout is the teacher."""
     teacher = bench.teacher
     model = teacher.model if layout is None else assemble(teacher, layout, bench.bank)
     blocks, size = bench.blocks["test"], bench.config.search.batch_size
-    recall = recall_probe(model, vocab_size=teacher.vocab_size, length=RECALL_LENGTH)
-    return evaluate_blocks(teacher, model, blocks, batch_size=size), recall
+    probe = bench.probe("test")
+    figures = evaluate_blocks(teacher, model, blocks, batch_size=size)
+    return figures, None if probe is None else recall(model, probe)
 
 
 def paired(one: BlockFigures, best: BlockFigures) -> dict[str, float]:

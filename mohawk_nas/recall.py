@@ -1,0 +1,221 @@
+"""Recall: values that a model can only know by looking up their keys earlier in the text.
+
+A sequence names N pairs of a key and a value, then asks for some of them: the key comes once more,
+and the next token must be its value. The other pairs are distractors. Keys and values are words
+drawn at random, so nothing else in the text tells. Each split has templates and words of its own:
+what a search was led by is not what its result is judged by.
+
+A probe is made for the teacher at hand, as hard as it still solves. What it does not solve it
+cannot teach, and its students' answers would be noise.
+
+S sequences, T tokens, Q scored questions a sequence.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mohawk_nas.metrics import body
+from mohawk_nas.teacher import Teacher, logits_from_hidden
+
+__all__ = ["RecallProbe", "Split", "Template", "make_probe", "recall"]
+
+Split = Literal["search", "validation", "test"]
+
+SOLVED = 0.7
+"""Share of right answers from which on a teacher counts as solving a probe; guessing gives 0."""
+
+NUM_PAIRS = (16, 32, 64, 128)
+"""Tried in turn, until the teacher fails."""
+
+NUM_EXAMPLES = 4
+"""Questions at the start that do not count: they show what is asked for."""
+NUM_QUESTIONS = 16
+"""That count, at most."""
+
+NUM_SEQUENCES = 64
+NUM_TRIED = 8
+"""Sequences on which is decided whether the teacher solves a probe."""
+
+MAX_WORDS = 6000
+"""Words drawn from, the most frequent ones of the vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Template:
+    """How a pair is written: ``before KEY between VALUE after``."""
+
+    before: str = ""
+    between: str = ""
+    after: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.before}KEY{self.between}VALUE{self.after}".strip()
+
+
+TEMPLATES: Mapping[Split, Sequence[Template]] = {
+    "search": (Template(before="\n", between=":"), Template()),
+    "validation": (Template(before=" (", between=",", after=")"), Template(after=";")),
+    "test": (Template(between=" =", after=","), Template(after=".")),
+}
+"""Of each split: one that reads like text, and one in which a value follows its key at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallProbe:
+    """Sequences that ask for values, and how many of them the teacher knows."""
+
+    split: Split
+    template: Template
+    num_pairs: int
+    tokens: Tensor
+    """``(S, T)``, on the CPU."""
+    positions: Tensor
+    """Where the next token is asked for, ``(Q,)``; the same in every sequence."""
+    teacher_recall: float
+    """Share of the teacher's answers that are right, 0 to 1."""
+
+    def __str__(self) -> str:
+        """For people: what is asked."""
+        return f"{self.num_pairs} pairs '{self.template}'"
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Sequences ``(B, T)``, ``size`` at a time."""
+        yield from self.tokens.split(size)
+
+    def right(self, model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Share of right answers, by last hidden states.
+
+        Args:
+            model: Makes logits of them.
+            hidden: ``(B, T, D)``
+            tokens: ``(B, T)``
+
+        Returns:
+            ``(B,)``, in float32.
+        """
+        positions = self.positions.to(hidden.device)
+        choices = logits_from_hidden(model, hidden[:, positions]).argmax(-1)
+        return (choices == tokens.to(hidden.device)[:, positions + 1]).float().mean(-1)
+
+
+def make_probe(
+    teacher: Teacher, split: Split, *, num_sequences: int = NUM_SEQUENCES, seed: int = 0
+) -> RecallProbe | None:
+    """The hardest probe of a split that the teacher solves.
+
+    Args:
+        teacher: Answers first.
+        split: Whose templates and words are taken.
+        num_sequences: S.
+        seed: Of the words drawn.
+
+    Returns:
+        None if it solves none.
+    """
+    words = _words(teacher, split)
+    found: RecallProbe | None = None
+    for template in TEMPLATES[split]:
+        glue = _glue(teacher, template)
+        if glue is None:
+            continue
+        for num_pairs in NUM_PAIRS:
+            if found is not None and num_pairs <= found.num_pairs:
+                continue
+            if 2 * num_pairs > len(words):
+                break
+            rng = random.Random(f"{seed} {split} {template} {num_pairs}")
+            rows, positions = _rows(words, glue, num_pairs, max(num_sequences, NUM_TRIED), rng)
+            if rows.shape[1] > teacher.context:
+                break
+            probe = RecallProbe(
+                split=split,
+                template=template,
+                num_pairs=num_pairs,
+                tokens=rows[:NUM_TRIED],
+                positions=positions,
+                teacher_recall=0.0,
+            )
+            if recall(teacher.model, probe) < SOLVED:
+                break
+            found = _with_tokens(probe, rows[:num_sequences], teacher)
+    return found
+
+
+@torch.no_grad()
+def recall(model: Any, probe: RecallProbe) -> float:
+    """Share of a model's answers to a probe that are right, 0 to 1."""
+    device = next(model.parameters()).device
+    shares = []
+    for rows in probe.batches(NUM_TRIED):
+        tokens = rows.to(device)
+        shares.append(probe.right(model, body(model, tokens), tokens))
+    return torch.cat(shares).mean().item()
+
+
+def _with_tokens(probe: RecallProbe, tokens: Tensor, teacher: Teacher) -> RecallProbe:
+    whole = {name: getattr(probe, name) for name in ("split", "template", "num_pairs", "positions")}
+    probe = RecallProbe(**whole, tokens=tokens, teacher_recall=0.0)
+    return RecallProbe(**whole, tokens=tokens, teacher_recall=recall(teacher.model, probe))
+
+
+def _rows(
+    words: Sequence[int],
+    glue: tuple[list[int], list[int], list[int]],
+    num_pairs: int,
+    num_sequences: int,
+    rng: random.Random,
+) -> tuple[Tensor, Tensor]:
+    """Sequences ``(S, T)`` and the positions of scored questions ``(Q,)``."""
+    before, between, after = glue
+    asked = min(num_pairs, NUM_EXAMPLES + NUM_QUESTIONS)
+    rows = []
+    positions: list[int] = []
+    for _ in range(num_sequences):
+        drawn = rng.sample(words, 2 * num_pairs)
+        pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
+        row: list[int] = []
+        positions = []
+        # Each is asked for once: an answer that was given is no question.
+        for key, value in [*pairs, *rng.sample(pairs, asked)]:
+            row += [*before, key, *between]
+            positions.append(len(row) - 1)
+            row += [value, *after]
+        rows.append(row)
+    return torch.tensor(rows), torch.tensor(positions[num_pairs + NUM_EXAMPLES :])
+
+
+def _glue(teacher: Teacher, template: Template) -> tuple[list[int], list[int], list[int]] | None:
+    parts = (template.before, template.between, template.after)
+    if teacher.tokenizer is None:
+        return ([], [], []) if not any(parts) else None
+    before, between, after = (
+        teacher.tokenizer.encode(part, add_special_tokens=False) if part else [] for part in parts
+    )
+    return before, between, after
+
+
+def _words(teacher: Teacher, split: Split) -> list[int]:
+    """Token ids of a split's words: those with a space in front of a few small letters.
+
+    Where a vocabulary has few of them, or is unknown, any tokens but the first 256, which most
+    vocabularies keep for control tokens and bytes.
+    """
+    words: list[int] = []
+    if teacher.tokenizer is not None:
+        for text, token in teacher.tokenizer.get_vocab().items():
+            # What byte-level and sentencepiece vocabularies write for a space.
+            word = text[1:] if text[:1] in ("\u0120", "\u2581") else ""
+            if len(word) >= 3 and word.isascii() and word.isalpha() and word.islower():
+                words.append(token)
+    # Most vocabularies are sorted by frequency.
+    words = sorted(words)[:MAX_WORDS]
+    if len(words) < 6 * NUM_PAIRS[0]:
+        words = list(range(min(256, teacher.vocab_size // 2), teacher.vocab_size))[:MAX_WORDS]
+    return words[list(TEMPLATES).index(split) :: len(TEMPLATES)]

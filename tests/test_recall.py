@@ -1,0 +1,229 @@
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_study import make_study
+
+from mohawk_nas import recall
+from mohawk_nas.errors import TeacherError
+from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.metrics import body
+from mohawk_nas.pipeline import Workbench, load_best, search
+from mohawk_nas.recall import RecallProbe, Template, make_probe
+from mohawk_nas.reporting import SILENT
+from mohawk_nas.search.objectives import BankScorer
+from mohawk_nas.search.study import load_result
+from mohawk_nas.student import assemble
+
+VOCAB = 900
+
+
+class Memory(torch.nn.Module):
+    """Answers with what followed the last three tokens before, or as many as came before.
+
+    Args:
+        reach: Tokens it looks back.
+    """
+
+    class Body(torch.nn.Module):
+        def __init__(self, reach):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.reach = reach
+
+        def forward(self, input_ids, **kwargs):
+            rows = [self.guesses(row) for row in input_ids.tolist()]
+            hidden = F.one_hot(torch.tensor(rows), VOCAB).float()
+            return SimpleNamespace(last_hidden_state=hidden)
+
+        def guesses(self, row):
+            found = []
+            for here in range(len(row)):
+                earlier = range(max(0, here - self.reach), here)
+                for length in (3, 2, 1):
+                    last = row[max(0, here + 1 - length) : here + 1]
+                    places = [p for p in earlier if row[max(0, p + 1 - length) : p + 1] == last]
+                    if places:
+                        break
+                found.append(row[places[-1] + 1] if places else 0)
+            return found
+
+    def __init__(self, reach=10**6):
+        super().__init__()
+        self.base_model = self.Body(reach)
+        text = SimpleNamespace(vocab_size=VOCAB, _attn_implementation="sdpa")
+        self.config = SimpleNamespace(get_text_config=lambda: text, _attn_implementation="sdpa")
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.base_model(input_ids=input_ids).last_hidden_state)
+
+
+class Words:
+    """Three-letter words from id 300 on; other text is one id a character."""
+
+    all_special_ids = (0,)
+
+    def get_vocab(self):
+        letters = "abcdefghij"
+        return {
+            f"\u0120{letters[i // 100]}{letters[i // 10 % 10]}{letters[i % 10]}": 300 + i
+            for i in range(600)
+        }
+
+    def encode(self, text, add_special_tokens):
+        return [ord(character) for character in text]
+
+
+def teacher_of(model, *, tokenizer=None, context=2048):
+    return SimpleNamespace(model=model, tokenizer=tokenizer, vocab_size=VOCAB, context=context)
+
+
+@pytest.mark.parametrize("tokenizer", [None, Words()], ids=["ids", "words"])
+def test_a_model_that_remembers_everything_solves_the_hardest_probe(tokenizer):
+    seen = []
+    for split in recall.TEMPLATES:
+        teacher = teacher_of(Memory(), tokenizer=tokenizer)
+        probe = make_probe(teacher, split, num_sequences=10)
+        if tokenizer is None and split != "search":
+            # Without a tokenizer nothing can stand between the words.
+            assert probe is None
+            continue
+        # 200 words a split, or 644 / 3 ids: 64 pairs are the most that fit.
+        assert probe.num_pairs == 64 and probe.teacher_recall == 1.0
+        assert probe.tokens.shape[0] == 10 and len(probe.positions) == recall.NUM_QUESTIONS
+        seen.append({t for t in probe.tokens.flatten().tolist() if t >= 256})
+    assert not any(one & other for one in seen for other in seen if one is not other)
+
+
+def test_questions_ask_for_pairs_that_were_named_once():
+    teacher = teacher_of(Memory(), tokenizer=Words())
+    probe = make_probe(teacher, "test")
+    assert probe.template == Template(between=" =", after=",")
+    assert str(probe) == "64 pairs 'KEY =VALUE,'"
+    width = probe.tokens.shape[1] // (64 + recall.NUM_EXAMPLES + recall.NUM_QUESTIONS)
+    for row in probe.tokens.tolist():
+        entries = [row[i : i + width] for i in range(0, len(row), width)]
+        pairs = {entry[0]: entry[3] for entry in entries[:64]}
+        assert len(pairs) == 64 == len(set(pairs.values()) - set(pairs))
+        asked = entries[64:]
+        assert len({entry[0] for entry in asked}) == len(asked)
+        assert all(pairs[entry[0]] == entry[3] for entry in asked)
+        answers = [row[p + 1] for p in probe.positions.tolist()]
+        assert answers == [entry[3] for entry in asked[recall.NUM_EXAMPLES :]]
+
+
+def test_the_probe_is_as_hard_as_the_teacher_can():
+    # 16 pairs of two tokens and 16 questions more: what lies further back is forgotten.
+    probe = make_probe(teacher_of(Memory(reach=64)), "search")
+    assert probe.num_pairs == 16 and probe.template == Template()
+    assert make_probe(teacher_of(Memory(reach=8)), "search") is None
+    # A probe must fit into what the teacher was made for.
+    assert make_probe(teacher_of(Memory(), context=120), "search").num_pairs == 32
+    assert probe.teacher_recall == recall.recall(Memory(reach=64), probe) >= recall.SOLVED
+
+
+def test_a_forgetful_model_answers_what_it_can_reach():
+    probe = make_probe(teacher_of(Memory()), "search")
+    shares = [recall.recall(Memory(reach=reach), probe) for reach in (10, 60, 100, 10**6)]
+    assert shares == sorted(shares) and shares[0] < 0.1 and shares[-1] == 1.0
+
+
+# As a study's objective
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    bench = Workbench(make_study(tmp_path_factory.mktemp("recall")))
+    bench.bank.train(bench.space.replaceable, reporter=SILENT)
+    return bench
+
+
+def probe_for(bench, model, *, wrong):
+    """Asks for what a model says anyway, but in ``wrong`` of the sequences for something else."""
+    blocks = len(bench.blocks["search"])
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(300, 400, (2 * blocks, 12), generator=generator)
+    with torch.no_grad():
+        hidden = body(model, tokens)
+    probe = RecallProbe(
+        split="search",
+        template=Template(),
+        num_pairs=4,
+        tokens=tokens,
+        positions=torch.tensor([10]),
+        teacher_recall=0.8,
+    )
+    tokens[:, 11] = bench.teacher.logits(hidden)[:, 10].argmax(-1)
+    tokens[:wrong, 11] += 1
+    return probe
+
+
+def scorer(bench, probe, **options):
+    weights = {"kl": 1.0, "recall": 0.5}
+    return BankScorer(
+        bench.teacher,
+        bench.bank,
+        bench.blocks["search"],
+        pairs=bench.space.replaceable,
+        weights=weights,
+        probe=probe,
+        **options,
+    )
+
+
+def test_the_objective_is_the_share_of_recall_that_is_lost(bench):
+    layouts = list(bench.budget.enumerate(bench.space))
+    student = assemble(bench.teacher, layouts[1], bench.bank)
+    blocks = len(bench.blocks["search"])
+    probe = probe_for(bench, student, wrong=blocks // 2)
+    nothing = {"teacher": 0, "students": 0}
+    for options in ({}, {"kept_bytes": nothing}, {"batch_size": 1}):
+        scored = scorer(bench, probe, **options)
+        # Another layout first, so that there are prefixes to go on from.
+        others = [scored.score(layouts[i]) for i in (0, 2)]
+        score = scored.score(layouts[1])
+        lost = score.per_block["recall"]
+        assert len(lost) == blocks
+        # Half of the blocks have one wrong answer of two.
+        assert lost == pytest.approx(
+            [1 - 0.5 / 0.8] * (blocks // 2) + [1 - 1 / 0.8] * (blocks - blocks // 2)
+        )
+        assert score.value({"kl": 1.0, "recall": 0.5}) == pytest.approx(
+            score.mean("kl") + 0.5 * score.mean("recall")
+        )
+        assert all(other.mean("recall") > score.mean("recall") for other in others)
+
+
+def test_a_study_leaves_recall_out_where_the_teacher_has_none(tmp_path):
+    said = []
+
+    class Listener(type(SILENT)):
+        def say(self, text):
+            said.append(text)
+
+    study = make_study(tmp_path)
+    both = dataclasses.replace(
+        study, search=dataclasses.replace(study.search, objective={"kl": 1.0, "recall": 1.0})
+    )
+    result, _ = search(both, reporter=Listener())
+    assert any("recall is left out" in line for line in said)
+    assert set(result.best.score.per_block) == {"kl"}
+    # Read again as it was written.
+    again = Workbench(load_best(both.run_dir).study)
+    found = load_result(again.study, again.space, again.budget, run_dir=both.run_dir)
+    assert found.best.layout == result.best.layout
+    alone = dataclasses.replace(
+        study, search=dataclasses.replace(study.search, objective={"recall": 1.0})
+    )
+    with pytest.raises(TeacherError, match="solves no recall probe"):
+        _ = Workbench(alone).study
+
+
+def test_all_attention_loses_nothing(bench):
+    student = bench.teacher.model
+    probe = probe_for(bench, student, wrong=0)
+    probe = dataclasses.replace(probe, teacher_recall=recall.recall(student, probe))
+    everything = Layout((ATTENTION,) * bench.teacher.num_layers)
+    assert scorer(bench, probe).score(everything).mean("recall") == 0
