@@ -162,7 +162,7 @@ STAGES = ["bank.matrix", "bank.hidden", "distill.matrix", "distill.hidden", "dis
         (
             "search.objective=stage2_lokal",
             "search.objective.stage2_lokal: unknown objective; available: stage2_local, "
-            "stage2_cascade, kl. Did you mean 'stage2_local'?",
+            "stage2_cascade, kl, recall. Did you mean 'stage2_local'?",
         ),
         (
             "search.objective.kl=0",
