@@ -79,8 +79,8 @@ def test_every_problem_is_reported_at_once(tmp_path):
         "teacher.source: must be given",
         "name: must be letters, digits, '.', '_' and '-', but got 'a/b'",
         "seed: must be at least 0, but got -1",
-        "search.objective.kll: unknown objective; available: stage2_local, stage2_cascade, kl, recall. "
-        "Did you mean 'kl'?",
+        "search.objective.kll: unknown objective; available: stage2_local, stage2_cascade, kl, "
+        "recall. Did you mean 'kl'?",
         "bank.hidden.lr: must be above 0, but got 0.0",
     ]
 

@@ -97,7 +97,7 @@ def test_recall_fraction_reports_accuracies(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("length", [16, 33, 128])
 def test_synthetic_labels_follow_from_what_came_before(train_teacher, length):
-    """Whoever remembers the first token after each token so far meets every label."""
+    """Whoever remembers what first followed the last three tokens, or fewer, meets every label."""
     for make_row in (train_teacher.recall_row, train_teacher.copy_row):
         for seed in range(50):
             row, labels = make_row(length, 300, random.Random(seed))
@@ -105,9 +105,24 @@ def test_synthetic_labels_follow_from_what_came_before(train_teacher, length):
             assert row.min() >= 0 and row.max() < 300
             labelled = (labels != train_teacher.IGNORED).nonzero().flatten().tolist()
             assert labelled
+            tokens = row.tolist()
             for i in labelled:
-                earlier = row[: i - 1].tolist()
-                assert labels[i] == row[i] == row[earlier.index(row[i - 1]) + 1]
+                for size in (3, 2, 1):
+                    places = [
+                        p for p in range(size, i) if tokens[p - size : p] == tokens[i - size : i]
+                    ]
+                    if places:
+                        break
+                assert labels[i] == row[i] == row[places[0]]
+
+
+def test_recall_is_asked_with_and_without_tokens_between(train_teacher):
+    rows = [train_teacher.recall_row(400, 300, random.Random(seed)) for seed in range(200)]
+    pairs = [int((labels == train_teacher.IGNORED).sum()) for _, labels in rows]
+    assert min(pairs) < 220 < max(pairs)
+    # Where nothing stands between, every second token of the second half is asked for.
+    dense = sum(bool((labels[-40:] != train_teacher.IGNORED).sum() == 20) for _, labels in rows)
+    assert 80 < dense < 140
 
 
 def test_each_epoch_takes_every_block_once(train_teacher):

@@ -235,16 +235,34 @@ def block_starts(num_tokens: int, seq_len: int, rng: Random) -> Iterator[int]:
 
 
 def recall_row(length: int, vocab_size: int, rng: Random) -> tuple[Tensor, Tensor]:
-    """`k1 v1 k2 v2 ...`, then some of these pairs in any order; the labels are their values."""
-    num_pairs = rng.randint(2, min(length // 4, (vocab_size - 1) // 2))
-    tokens = rng.sample(range(1, vocab_size), 2 * num_pairs)
-    pairs = list(zip(tokens[::2], tokens[1::2], strict=True))
-    asked = itertools.chain.from_iterable(rng.choices(pairs, k=length // 2))
-    row = torch.tensor([END_OF_TEXT_ID, *tokens, *asked])[:length]
-    labels = torch.full_like(row, IGNORED)
-    answers = slice(2 + 2 * num_pairs, None, 2)
-    labels[answers] = row[answers]
-    return row, labels
+    """Pairs of a key and a value, then some of them again in any order; the labels are the values.
+
+    Half of the sequences write `k1 v1 k2 v2 ...`, the others put the same few tokens before,
+    between and after every key and value, as text would. Few pairs are as likely as many.
+    """
+    glue = [0, 0, 0] if rng.random() < 0.5 else [rng.randint(0, most) for most in (2, 2, 1)]
+    if length < 4 * (2 + sum(glue)):
+        glue = [0, 0, 0]
+    size = 2 + sum(glue)
+    most_pairs = min(length // (2 * size), (vocab_size - 1 - sum(glue)) // 2)
+    num_pairs = round(math.exp(rng.uniform(math.log(2), math.log(most_pairs))))
+    tokens = rng.sample(range(1, vocab_size), sum(glue) + 2 * num_pairs)
+    before, between, after = (
+        tokens[start : start + count]
+        for start, count in zip(itertools.accumulate([0, *glue]), glue, strict=False)
+    )
+    words = tokens[sum(glue) :]
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    row, answers = [END_OF_TEXT_ID], []
+    for key, value in [*pairs, *rng.choices(pairs, k=length // size)]:
+        row += [*before, key, *between]
+        answers.append(len(row))
+        row += [value, *after]
+    inputs = torch.tensor(row[:length])
+    labels = torch.full_like(inputs, IGNORED)
+    asked = torch.tensor([place for place in answers[num_pairs:] if place < length])
+    labels[asked] = inputs[asked]
+    return inputs, labels
 
 
 def copy_row(length: int, vocab_size: int, rng: Random) -> tuple[Tensor, Tensor]:
