@@ -1,0 +1,84 @@
+"""Short distillations of several layouts side by side, for rungs, audits and ground truth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from mohawk_nas.config import LogitsConfig
+from mohawk_nas.data import BlockOrder, TokenBlocks
+from mohawk_nas.distill.logits import LogitsTrainer
+from mohawk_nas.distill.optimizer import MAX_BAD_STEPS, learning_rate
+from mohawk_nas.distill.trainer import READ_EVERY, num_steps
+from mohawk_nas.errors import TrainingError
+from mohawk_nas.layout import Layout
+from mohawk_nas.reporting import SILENT, Reporter
+from mohawk_nas.student import MixerSource, assemble
+from mohawk_nas.teacher import Teacher
+
+__all__ = ["distil_layouts"]
+
+T = TypeVar("T")
+
+
+def distil_layouts(
+    teacher: Teacher,
+    layouts: Sequence[Layout],
+    bank: MixerSource,
+    *,
+    train: TokenBlocks,
+    config: LogitsConfig,
+    seed: int,
+    measure: Callable[[Any], T],
+    reporter: Reporter = SILENT,
+) -> list[T]:
+    """Stage 3 of each layout from the bank's mixers, on the same batches; nothing is kept.
+
+    A layout's result does not depend on its company.
+
+    Args:
+        teacher: The teacher.
+        layouts: As many as the device holds: each is a model with gradients and an optimizer.
+        bank: Where their mixers come from.
+        train: Text to train on.
+        config: Its ``tokens`` for each layout; 0 only measures.
+        seed: Of the order of the text.
+        measure: Given each student when it is trained.
+        reporter: Shown the steps.
+
+    Raises:
+        TrainingError: Gradients were not finite too often.
+    """
+    if not config.tokens:
+        return [measure(assemble(teacher, layout, bank)) for layout in layouts]
+    students = [assemble(teacher, layout, bank, share=False).float() for layout in layouts]
+    trainer = LogitsTrainer(teacher, students, config)
+    order = BlockOrder(len(train), batch_size=config.batch_size, seed=seed * 16 + 2)
+    steps = num_steps(config, train.tokens.shape[1]) // config.accumulate
+    size = config.batch_size * config.accumulate * train.tokens.shape[1]
+    bad = [0] * len(layouts)
+    try:
+        with reporter.stage("stage 3 (logits)", total=steps, unit="step") as task:
+            looked = time.perf_counter()
+            for step in range(steps):
+                first = step * config.accumulate
+                batches = [train.batch(order.indices(first + i)) for i in range(config.accumulate)]
+                trainer.step(batches, learning_rate(config, step, steps))
+                if step + 1 < steps and time.perf_counter() - looked < READ_EVERY:
+                    task.advance(1, tokens=size)
+                    continue
+                looked = time.perf_counter()
+                entries = trainer.read()
+                for _, refused in entries:
+                    bad = [count + again for count, again in zip(bad, refused, strict=True)]
+                task.advance(1, tokens=size, loss=sum(entries[-1][0]) / len(layouts))
+                if max(bad) > MAX_BAD_STEPS:
+                    raise TrainingError(
+                        f"stage 3 of {layouts[bad.index(max(bad))]}: loss or gradient was not "
+                        f"finite in {max(bad)} steps; lower distill.logits.lr (now {config.lr})"
+                    )
+        # In the types they were trained in, which are those the search scores them in.
+        return [measure(student) for student in students]
+    finally:
+        trainer.release()

@@ -1,0 +1,340 @@
+"""Makes, or continues, a table of what layouts are worth: undistilled and distilled.
+
+    python studies/ground_truth/table.py STUDY.yaml --distil 60 --tokens 0,1M,4M
+
+The study names teacher, text, space, budget, bank and, as `distill.logits`, the recipe of stage 3.
+The bank is trained if it is not there. Then every layout on the budget (or `--zero-shot` of them,
+drawn at random) is scored by every objective on the search split, and some are distilled with each
+of `--tokens` and each of `--seeds` and measured on the test split: what the selectors pick by KL,
+the best by each objective, the best one's neighbours by one swap, and layouts from each tenth of
+the KL's range. Another bank is another seed of the study: `seed=1` on the command line.
+
+The table is a file of JSON lines, written as it is made; the same command goes on where it was
+stopped. The first line says what it was made with; `"kind": "zero_shot"` lines hold a layout's
+objectives, `"kind": "distilled"` lines its figures after so many tokens of stage 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mohawk_nas.config import OBJECTIVES, StudyConfig, load_study, plain
+from mohawk_nas.data import load_blocks
+from mohawk_nas.distill.several import distil_layouts
+from mohawk_nas.errors import InputError, MohawkError
+from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.metrics import evaluate_blocks
+from mohawk_nas.pipeline import Workbench
+from mohawk_nas.plan import find_problems
+from mohawk_nas.recall import recall
+from mohawk_nas.reporting import screen
+from mohawk_nas.runs import provenance
+from mohawk_nas.search.objectives import BankScorer
+from mohawk_nas.search.strategy import STRATEGIES, SearchContext, Selector
+
+TENTHS = 10
+DIGITS = 6
+"""Of the figures in the table."""
+
+
+@dataclass
+class Table:
+    """Rows of JSON in a file; nothing is written twice."""
+
+    path: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):
+            # The last line was being written when the process was stopped.
+            self.path.write_text("".join(whole), encoding="utf-8")
+        self.rows = [json.loads(line) for line in whole]
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row; several processes may do so at once."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows.append(dict(row))
+
+    def find(self, **wanted: Any) -> Iterator[dict[str, Any]]:
+        """Rows with these values."""
+        for row in self.rows:
+            if all(row.get(key) == value for key, value in wanted.items()):
+                yield row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        config = load_study(args.study, args.overrides)
+        if problems := find_problems(config):
+            raise InputError("\n".join(problems))
+        make(config, args)
+    except MohawkError as error:
+        print(f"table: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("study", type=Path)
+    add("overrides", nargs="*", help="changes to the study, e.g. seed=1")
+    add("--out", type=Path, help="table; studies/ground_truth/NAME.jsonl")
+    add("--zero-shot", type=int, help="score so many layouts, drawn at random; all")
+    add(
+        "--distil",
+        type=int,
+        default=0,
+        help="distil so many layouts, or more if so many are picked",
+    )
+    add("--tokens", type=numbers, default=[0], help="budgets of stage 3, e.g. 0,1M,4M")
+    add("--seeds", type=numbers, default=[0], help="of stage 3, e.g. 0,1,2")
+    add("--seeds-of", type=int, help="layouts that get the seeds after the first; all")
+    add("--at-once", type=int, default=4, help="students trained side by side")
+    add("--part", type=part, default=(0, 1), help="1/2 and 2/2 share the work of two processes")
+    add("--minutes", type=float, default=float("inf"), help="begin nothing after so long")
+    return parser.parse_intermixed_args(argv)
+
+
+def numbers(text: str) -> list[int]:
+    scale = {"K": 1_000, "M": 1_000_000}
+    return [
+        int(float(word[:-1]) * scale[word[-1]]) if word[-1] in scale else int(word)
+        for word in text.split(",")
+    ]
+
+
+def part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not 1 <= int(number) <= int(count):
+        raise ValueError(text)
+    return int(number) - 1, int(count)
+
+
+def make(config: StudyConfig, args: argparse.Namespace) -> None:
+    """Everything that the arguments ask for and the table lacks."""
+    until = time.perf_counter() + 60 * args.minutes
+    reporter = screen.reporter()
+    bench = Workbench(config, reporter)
+    if len(bench.space.replacements) != 1:
+        raise InputError("space.candidates: a table names attention layers, so it takes one mixer")
+    table = Table(args.out or Path(__file__).parent / f"{config.name}.jsonl")
+    head = {
+        "kind": "head",
+        "study": settings(config),
+        "identity": {k: v for k, v in bench.identity.items() if not k.startswith("mixers")},
+        "recall": {s: str(bench.probe(s)) for s in ("search", "test")},
+    }
+    if not table.rows:
+        made_with = {key: value for key, value in provenance().items() if key != "command"}
+        table.add(head | {"made_with": made_with})
+    elif (kept := {key: table.rows[0].get(key) for key in head}) != json.loads(json.dumps(head)):
+        changed = [key for key in head if kept[key] != json.loads(json.dumps(head[key]))]
+        raise InputError(f"{table.path}: was begun with another {' and '.join(changed)}")
+
+    if args.part[1] > 1 and bench.bank.missing(bench.space.replaceable):
+        raise InputError("--part: needs the whole bank; run once without it and with --zero-shot 0")
+    bench.bank.train(bench.space.replaceable, reporter=reporter)
+    weights = {n: 1.0 for n in OBJECTIVES if n != "recall" or bench.probe("search")}
+    scorer = BankScorer(
+        bench.teacher,
+        bench.bank,
+        bench.blocks["search"],
+        pairs=bench.space.replaceable,
+        weights=weights,
+        probe=bench.probe("search"),
+        batch_size=config.search.batch_size,
+    )
+    layouts = all_or_some(bench, args.zero_shot)
+    known = {row["layout"] for row in table.find(kind="zero_shot", bank_seed=config.seed)}
+    mine = [x for x in layouts[args.part[0] :: args.part[1]] if name_of(x) not in known]
+    with reporter.stage("zero-shot", total=len(mine), unit="layout") as task:
+        for layout in mine:
+            if time.perf_counter() > until:
+                return
+            score = scorer.score(layout)
+            figures = {name: round(score.mean(name), DIGITS) for name in weights}
+            table.add(
+                {"kind": "zero_shot", "bank_seed": config.seed, "layout": name_of(layout)} | figures
+            )
+            task.advance(1)
+    if not args.distil:
+        return
+    # What other processes have scored as well.
+    table = Table(table.path)
+    scored = {row["layout"] for row in table.find(kind="zero_shot", bank_seed=config.seed)}
+    if lacking := {name_of(layout) for layout in layouts} - scored:
+        reporter.say(f"{len(lacking)} layouts are not scored yet: run again to distil")
+        return
+    chosen = choose(bench, scorer, table, args.distil)
+    # Its memory is the students'.
+    del scorer
+    distil(bench, table, chosen, args, until)
+
+
+def settings(config: StudyConfig) -> dict[str, Any]:
+    """What the rows depend on; the bank's seed and a distillation's tokens stand in each row."""
+    study = plain(config)
+    study["distill"] = {"logits": {**study["distill"]["logits"], "tokens": None}}
+    keys = ("data", "space", "budget", "bank", "distill")
+    kept = {key: study[key] for key in keys} | {"search tokens": study["search"]["tokens"]}
+    # Where things lie says nothing to anyone else.
+    kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("source", "cache")}
+    kept["bank"] = {k: v for k, v in kept["bank"].items() if k not in ("path", "checkpoint_steps")}
+    return kept
+
+
+def all_or_some(bench: Workbench, count: int | None) -> list[Layout]:
+    """Every layout on the budget in a fixed order, or so many at random, the same each time."""
+    if count is None or count >= bench.budget.count(bench.space):
+        return list(bench.budget.enumerate(bench.space))
+    rng = random.Random(0)
+    found: dict[Layout, None] = {}
+    while len(found) < count:
+        found[bench.budget.random(bench.space, rng)] = None
+    return list(found)
+
+
+def choose(
+    bench: Workbench, scorer: BankScorer, table: Table, count: int
+) -> list[tuple[list[str], Layout]]:
+    """Layouts to distil, each with why: the same for the same table."""
+    rows = list(table.find(kind="zero_shot", bank_seed=bench.config.seed))
+    layouts = {row["layout"]: bench.space.parse(row["layout"]) for row in rows}
+    ranked = sorted(rows, key=lambda row: (row["kl"], row["layout"]))
+    chosen: dict[Layout, list[str]] = {}
+
+    def take(why: str, some: Iterable[Layout]) -> None:
+        for layout in some:
+            chosen.setdefault(layout, []).append(why)
+
+    for name in (n for n in OBJECTIVES if n in rows[0]):
+        best = min(rows, key=lambda row: (row[name], row["layout"]))
+        take(f"best {name}", [layouts[best["layout"]]])
+    for label, layout in picks(bench, scorer):
+        take(label, [layout])
+    rng = random.Random(1)
+    neighbours = list(swaps(layouts[ranked[0]["layout"]], bench.space.free_layers))
+    take("neighbour", rng.sample(neighbours, min(len(neighbours), max(0, count // 6))))
+    strata = [
+        ranked[i * len(ranked) // TENTHS : (i + 1) * len(ranked) // TENTHS] for i in range(TENTHS)
+    ]
+    for stratum in strata:
+        rng.shuffle(stratum)
+    while len(chosen) < min(count, len(rows)):
+        for number, stratum in enumerate(strata):
+            if stratum and len(chosen) < count:
+                layout = layouts[stratum.pop()["layout"]]
+                if layout not in chosen:
+                    take(f"tenth {number + 1}", [layout])
+    return [(why, layout) for layout, why in chosen.items()]
+
+
+def picks(bench: Workbench, scorer: BankScorer) -> Iterator[tuple[str, Layout]]:
+    """What each selector of the study names, led by KL."""
+    context = SearchContext(
+        space=bench.space,
+        budget=bench.budget,
+        weights={"kl": 1.0},
+        finished=[],
+        pending=[],
+        seed=bench.config.seed,
+        probe=scorer.score,
+        stage2_losses=scorer.stage2_losses,
+    )
+    for entry in bench.config.search.baselines:
+        if entry in STRATEGIES.names():
+            selector = STRATEGIES.get(entry)()
+            assert isinstance(selector, Selector)
+            yield from selector.layouts(context)
+        else:
+            yield entry, bench.space.parse(entry)
+
+
+def swaps(layout: Layout, free: Sequence[int]) -> Iterator[Layout]:
+    """Layouts that move one attention layer."""
+    for kept in set(layout.attention_layers) & set(free):
+        for replaced in sorted(set(layout.replaced_layers) & set(free)):
+            moved = layout.with_candidate(kept, layout[replaced])
+            yield moved.with_candidate(replaced, ATTENTION)
+
+
+def distil(
+    bench: Workbench,
+    table: Table,
+    chosen: Sequence[tuple[list[str], Layout]],
+    args: argparse.Namespace,
+    until: float,
+) -> None:
+    """Every budget and seed that a chosen layout lacks, small budgets first."""
+    config, reporter = bench.config, bench.reporter
+    longest = max(*args.tokens, config.data.block_size)
+    train = load_blocks(config.data, bench.teacher.tokenizer, needed={"bank": longest})["bank"]
+    probe = bench.probe("test")
+
+    def measure(model: Any) -> dict[str, Any]:
+        figures = evaluate_blocks(bench.teacher, model, bench.blocks["test"])
+        return {
+            "kl": round(figures.mean_kl, DIGITS),
+            "cross_entropy": round(figures.mean_cross_entropy, DIGITS),
+            "recall": None if probe is None else round(recall(model, probe), DIGITS),
+            "kl_blocks": [round(value, 5) for value in figures.kl],
+        }
+
+    for seed in args.seeds:
+        some = chosen if seed == args.seeds[0] else chosen[: args.seeds_of]
+        for tokens in sorted(args.tokens):
+            if tokens == 0 and seed != args.seeds[0]:
+                continue
+            row = {"kind": "distilled", "bank_seed": config.seed, "seed": seed, "tokens": tokens}
+            done = {found["layout"] for found in table.find(**row)}
+            # Shares are cut before what is done is left out, so that no two processes take one.
+            mine = some[args.part[0] :: args.part[1]]
+            left = [pair for pair in mine if name_of(pair[1]) not in done]
+            for start in range(0, len(left), args.at_once):
+                if time.perf_counter() > until:
+                    return
+                group = left[start : start + args.at_once]
+                reporter.say(
+                    f"seed {seed}, {tokens:,} tokens: {start} of {len(left)} layouts are done"
+                )
+                recipe = dataclasses.replace(config.distill.logits, tokens=tokens)
+                found = distil_layouts(
+                    bench.teacher,
+                    [layout for _, layout in group],
+                    bench.bank,
+                    train=train,
+                    config=recipe,
+                    seed=seed,
+                    measure=measure,
+                    reporter=reporter,
+                )
+                for (why, layout), figures in zip(group, found, strict=True):
+                    table.add(row | {"layout": name_of(layout), "chosen_as": why} | figures)
+
+
+def name_of(layout: Layout) -> str:
+    """Attention layers, as the user types a layout."""
+    return ",".join(map(str, layout.attention_layers))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

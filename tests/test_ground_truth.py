@@ -1,0 +1,140 @@
+"""The table of what layouts are worth, made and continued on a tiny teacher."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_study import make_study
+
+from mohawk_nas.config import dump
+from mohawk_nas.data import load_blocks
+from mohawk_nas.distill.several import distil_layouts
+from mohawk_nas.layout import Layout
+from mohawk_nas.metrics import evaluate_blocks
+from mohawk_nas.pipeline import Workbench
+
+SCRIPT = Path(__file__).parents[1] / "studies" / "ground_truth" / "table.py"
+
+
+@pytest.fixture(scope="module")
+def table():
+    spec = importlib.util.spec_from_file_location("ground_truth_table", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ground")
+    config = make_study(folder)
+    path = folder / "study.yaml"
+    path.write_text(dump(config), encoding="utf-8")
+    return path, config
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_table_is_made_and_continued(table, study, tmp_path, monkeypatch, capsys):
+    path, _ = study
+    out = tmp_path / "tiny.jsonl"
+    options = ["--out", str(out), "--distil", "5", "--tokens", "0,640", "--at-once", "2"]
+    # Stopped in the middle of a line: that layout is scored again.
+    assert table.main([str(path), "--out", str(out), "--zero-shot", "4"]) == 0
+    assert len(rows_of(out)) == 5
+    out.write_text(out.read_text(encoding="utf-8")[:-20], encoding="utf-8")
+    assert table.main([str(path), *options]) == 0
+    rows = rows_of(out)
+    zero = {row["layout"]: row for row in rows if row["kind"] == "zero_shot"}
+    assert len(zero) == sum(row["kind"] == "zero_shot" for row in rows) == 6
+    assert all({"kl", "stage2_local", "stage2_cascade"} <= set(row) for row in zero.values())
+    distilled = [row for row in rows if row["kind"] == "distilled"]
+    assert {(row["layout"], row["tokens"]) for row in distilled} == {
+        (layout, tokens) for layout in {r["layout"] for r in distilled} for tokens in (0, 640)
+    }
+    assert len(distilled) == 10
+    best = min(zero.values(), key=lambda row: row["kl"])["layout"]
+    assert all("best kl" in row["chosen_as"] for row in distilled if row["layout"] == best)
+    assert all(row["chosen_as"] for row in distilled)
+    assert any("uniform/0" in row["chosen_as"] for row in distilled)
+    assert all(math.isclose(sum(r["kl_blocks"]) / 8, r["kl"], abs_tol=1e-4) for r in distilled)
+    # A second seed of two of them, and nothing else again.
+    assert table.main([str(path), *options, "--seeds", "0,1", "--seeds-of", "2"]) == 0
+    more = rows_of(out)
+    assert more[: len(rows)] == rows
+    assert [(row["seed"], row["tokens"]) for row in more[len(rows) :]] == [(1, 640)] * 2
+    assert more[-1]["kl"] not in {row["kl"] for row in distilled}
+    # Another bank stands in the same table, another recipe does not.
+    assert table.main([str(path), "seed=1", "--out", str(out)]) == 0
+    other = [row for row in rows_of(out) if row.get("bank_seed") == 1]
+    assert len(other) == 6 and all(row["kl"] != zero[row["layout"]]["kl"] for row in other)
+    assert table.main([str(path), "distill.logits.lr=0.5", "--out", str(out)]) == 2
+    assert "was begun with another study" in capsys.readouterr().err
+
+
+def test_parts_share_the_work(table, study, tmp_path):
+    path, _ = study
+    out = tmp_path / "parts.jsonl"
+    assert table.main([str(path), "--out", str(out), "--zero-shot", "0"]) == 0
+    for part in ("1/2", "2/2"):
+        assert table.main([str(path), "--out", str(out), "--part", part, "--distil", "5"]) == 0
+    rows = rows_of(out)
+    assert sum(row["kind"] == "zero_shot" for row in rows) == 6
+    # Only the second found all layouts scored.
+    assert sum(row["kind"] == "distilled" for row in rows) == 2
+    for part in ("1/2", "2/2"):
+        assert table.main([str(path), "--out", str(out), "--part", part, "--distil", "5"]) == 0
+    distilled = [row["layout"] for row in rows_of(out) if row["kind"] == "distilled"]
+    assert len(distilled) == len(set(distilled)) == 5
+
+
+def test_a_part_needs_the_bank(table, study, tmp_path, capsys):
+    path, _ = study
+    options = [f"bank.path={tmp_path / 'bank'}", "--out", str(tmp_path / "x.jsonl")]
+    assert table.main([str(path), *options, "--part", "1/2"]) == 2
+    assert "needs the whole bank" in capsys.readouterr().err
+
+
+def test_neighbours_move_one_attention_layer(table):
+    layout = Layout.keeping((0, 2), num_layers=4, replacement="mamba2")
+    found = [swap.attention_layers for swap in table.swaps(layout, range(4))]
+    assert sorted(found) == [(0, 1), (0, 3), (1, 2), (2, 3)]
+    assert sorted(s.attention_layers for s in table.swaps(layout, range(1, 4))) == [(0, 1), (0, 3)]
+
+
+def test_a_layout_is_distilled_the_same_in_any_company(study):
+    bench = Workbench(study[1])
+    bench.bank.train(bench.space.replaceable, reporter=bench.reporter)
+    config = study[1].distill.logits
+    needed = {"bank": config.tokens}
+    train = load_blocks(bench.config.data, bench.teacher.tokenizer, needed=needed)["bank"]
+    layouts = list(bench.budget.enumerate(bench.space))[:3]
+
+    def figures(some, **settings):
+        return distil_layouts(
+            bench.teacher,
+            some,
+            bench.bank,
+            train=train,
+            config=config,
+            seed=settings.get("seed", 0),
+            measure=lambda m: evaluate_blocks(bench.teacher, m, bench.blocks["validation"]).mean_kl,
+        )
+
+    together = figures(layouts)
+    alone = [figures([layout])[0] for layout in layouts]
+    assert together == alone
+    assert len(set(together)) == 3
+    assert figures(layouts[:1], seed=1) != together[:1]
+    # The bank and the teacher are as they were.
+    assert figures(layouts[:1]) == together[:1]
+    assert not any(p.requires_grad for p in bench.teacher.model.parameters())
+    assert torch.is_grad_enabled()
