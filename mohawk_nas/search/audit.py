@@ -1,0 +1,223 @@
+"""How far a cheap score can be trusted: figures of a table of layouts scored and distilled.
+
+Everything here works on plain arrays. N layouts, S seeds of the distillation, L free layers.
+
+Intervals are percentiles of a bootstrap over layouts: they say how the figure would move with other
+layouts of the same space, and know nothing of other teachers or banks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+__all__ = [
+    "Fit",
+    "Interval",
+    "Regret",
+    "ceiling",
+    "fit_layers",
+    "kendall",
+    "regret",
+    "reliability",
+    "spearman",
+    "tied_with_best",
+]
+
+Values = npt.NDArray[np.float64]
+
+REPEATS = 2000
+"""Bootstrap samples."""
+COVERAGE = 0.95
+"""Of an interval."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """A figure and where it may lie."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def spearman(score: Values, truth: Values, *, seed: int = 0) -> Interval:
+    """Rank correlation of a score with the truth, ``(N,)`` each; N must be at least 3."""
+    return _bootstrapped(_spearman, score, truth, seed=seed)
+
+
+def kendall(score: Values, truth: Values, *, seed: int = 0) -> Interval:
+    """Kendall's tau-b of a score with the truth, ``(N,)`` each; N must be at least 3."""
+    return _bootstrapped(_kendall, score, truth, seed=seed)
+
+
+def reliability(values: Values) -> float:
+    """Share of the variance of single distillations that the layouts make, and not the seeds.
+
+    The intraclass correlation ICC(1, 1) of Shrout and Fleiss (1979): 1 if seeds change nothing, 0
+    (or below) if layouts do not.
+
+    Args:
+        values: ``(N, S)``, with at least two of each.
+    """
+    num, seeds = values.shape
+    if num < 2 or seeds < 2:
+        raise ValueError(f"at least two layouts and two seeds are needed, but got {num} x {seeds}")
+    means = values.mean(axis=1)
+    between = seeds * means.var(ddof=1)
+    within = values.var(axis=1, ddof=1).mean()
+    return float((between - within) / (between + (seeds - 1) * within))
+
+
+def ceiling(values: Values) -> float:
+    """Rank correlation that even a perfect score could expect with one distillation each.
+
+    The mean over pairs of seeds of Spearman's correlation between them is the square of what each
+    has with the truth behind both, so the ceiling is its root.
+
+    Args:
+        values: ``(N, S)``, with at least two seeds.
+    """
+    seeds = values.shape[1]
+    found = [
+        _spearman(values[:, one], values[:, other])
+        for one in range(seeds)
+        for other in range(one + 1, seeds)
+    ]
+    return float(np.sqrt(max(0.0, float(np.mean(found)))))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Regret:
+    """What a choice costs, as shares of (mean of all layouts - best)."""
+
+    objective: float
+    """The truth of the objective's own optimum: what a perfect search for it would cost."""
+    strategy: float
+    """What the pick costs beyond that: below 0 where missing the optimum was lucky."""
+
+    @property
+    def total(self) -> float:
+        return self.objective + self.strategy
+
+
+def regret(score: Values, truth: Values, pick: int, *, judge: Values | None = None) -> Regret:
+    """Regret of picking one layout, split into what the objective and what the strategy costs.
+
+    The best layout of a noisy truth was lucky too. With ``judge``, the truth of other seeds, the
+    best is chosen by ``truth`` and all are judged by ``judge``.
+
+    Args:
+        score: What was searched by, ``(N,)``; lower is better.
+        truth: Of each layout distilled, ``(N,)``; lower is better.
+        pick: The strategy's choice, a place in both.
+        judge: ``(N,)``
+    """
+    judged = truth if judge is None else judge
+    best = judged[int(np.argmin(truth))]
+    scale = judged.mean() - best
+    if scale <= 0:
+        raise ValueError("the best layout must be better than the mean of all, but is not")
+    optimum = judged[int(np.argmin(score))]
+    return Regret(
+        objective=float((optimum - best) / scale), strategy=float((judged[pick] - optimum) / scale)
+    )
+
+
+def tied_with_best(blocks: Values, *, within: float = 2.0) -> list[int]:
+    """Layouts whose mean over blocks is within noise of the lowest one's, that one included.
+
+    Args:
+        blocks: ``(N, B)``, the same B blocks of text for each.
+        within: Standard errors of the mean paired difference.
+    """
+    best = int(blocks.mean(axis=1).argmin())
+    gaps = blocks - blocks[best]
+    errors = gaps.std(axis=1, ddof=1) / np.sqrt(blocks.shape[1])
+    return [i for i in range(len(blocks)) if i == best or gaps[i].mean() <= within * errors[i]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """How much of a value the layers tell, on layouts that a model has not seen."""
+
+    additive: float
+    """R² of a sum of one effect a layer."""
+    pairwise: float
+    """R² with an effect of each pair of layers too, shrunk as suits these layouts best, which
+    flatters it a little."""
+
+
+def fit_layers(kept: Values, values: Values, *, folds: int = 5, seed: int = 0) -> Fit:
+    """Cross-validated R² of additive and pairwise models.
+
+    Args:
+        kept: 1 where a layout keeps attention in a layer, else 0, ``(N, L)``.
+        values: ``(N,)``
+        folds: Parts, each predicted by a fit to the others.
+        seed: Of the parts.
+    """
+    order = np.random.default_rng(seed).permutation(len(values))
+    parts = np.array_split(order, folds)
+    upper = np.triu_indices(kept.shape[1], 1)
+    pairs = kept[:, upper[0]] * kept[:, upper[1]]
+    both = np.concatenate([kept, pairs], axis=1)
+
+    def explained(features: Values, strengths: tuple[float, ...]) -> float:
+        best = -np.inf
+        for strength in strengths:
+            missed = 0.0
+            for part in parts:
+                rest = np.setdiff1d(order, part)
+                predicted = _ridge(features[rest], values[rest], features[part], strength)
+                missed += float(((values[part] - predicted) ** 2).sum())
+            best = max(best, 1 - missed / float(((values - values.mean()) ** 2).sum()))
+        return float(best)
+
+    return Fit(
+        additive=explained(kept, (1e-6,)), pairwise=explained(both, (1e-3, 1e-2, 0.1, 1.0, 10.0))
+    )
+
+
+def _ridge(features: Values, values: Values, wanted: Values, strength: float) -> Values:
+    centre, mean = features.mean(axis=0), values.mean()
+    x = features - centre
+    gram = x.T @ x + strength * np.eye(x.shape[1])
+    found: Values = mean + (wanted - centre) @ np.linalg.solve(gram, x.T @ (values - mean))
+    return found
+
+
+def _bootstrapped(
+    figure: Callable[[Values, Values], float], one: Values, other: Values, *, seed: int
+) -> Interval:
+    if len(one) != len(other) or len(one) < 3:
+        raise ValueError(f"needs as many of both, three at least, but got {len(one)}, {len(other)}")
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(REPEATS):
+        places = rng.integers(len(one), size=len(one))
+        found = figure(one[places], other[places])
+        # A sample of one layout alone has no order.
+        if np.isfinite(found):
+            drawn.append(found)
+    tail = (1 - COVERAGE) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return Interval(value=figure(one, other), low=float(low), high=float(high))
+
+
+def _spearman(one: Values, other: Values) -> float:
+    x, y = stats.rankdata(one), stats.rankdata(other)
+    x, y = x - x.mean(), y - y.mean()
+    size = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / size) if size else float("nan")
+
+
+def _kendall(one: Values, other: Values) -> float:
+    return float(stats.kendalltau(one, other).statistic)
