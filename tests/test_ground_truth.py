@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_study import make_study
@@ -17,17 +18,21 @@ from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import evaluate_blocks
 from mohawk_nas.pipeline import Workbench
 
-SCRIPT = Path(__file__).parents[1] / "studies" / "ground_truth" / "table.py"
+FOLDER = Path(__file__).parents[1] / "studies" / "ground_truth"
 
 
-@pytest.fixture(scope="module")
-def table():
-    spec = importlib.util.spec_from_file_location("ground_truth_table", SCRIPT)
+def load(stem):
+    spec = importlib.util.spec_from_file_location(f"ground_truth_{stem}", FOLDER / f"{stem}.py")
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def table():
+    return load("table")
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +143,45 @@ def test_a_layout_is_distilled_the_same_in_any_company(study):
     assert figures(layouts[:1]) == together[:1]
     assert not any(p.requires_grad for p in bench.teacher.model.parameters())
     assert torch.is_grad_enabled()
+
+
+def test_the_report_tells_which_score_predicts(tmp_path, monkeypatch, capsys):
+    """Made-up layouts: the truth is known, `kl` follows it closely, `stage2_local` not at all."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=80)
+    rows = [{"kind": "head"}]
+    for i, value in enumerate(truth):
+        rows.append(
+            {
+                "kind": "zero_shot",
+                "bank_seed": 0,
+                "layout": str(i),
+                "kl": value + 0.1 * rng.normal(),
+                "stage2_local": rng.normal(),
+                "recall": -value,
+            }
+        )
+        for tokens, noise, seeds in ((0, 1.0, 1), (640, 0.05, 3)):
+            for seed in range(seeds if i < 30 else 1):
+                found = {"kl": value + noise * rng.normal(), "recall": value}
+                row = {"kind": "distilled", "bank_seed": 0, "seed": seed, "tokens": tokens}
+                rows.append(row | {"layout": str(i)} | found)
+    # Another bank's rows stand apart.
+    rows.append({"kind": "zero_shot", "bank_seed": 1, "layout": "0", "kl": 99.0})
+    path = tmp_path / "made-up.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
+    load("report").main()
+    said = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    found = {(row["truth"], row["score"]): row["overall"] for row in said["predictions"]}
+    assert found["kl", "kl"]["low"] > 0.95
+    assert found["kl", "stage2_local"]["low"] < 0 < found["kl", "stage2_local"]["high"]
+    assert 0.5 < found["kl", "0 tokens"]["value"] < 0.9
+    # More recall is better, and the objective of that name is what is lost of it.
+    assert found["recall", "recall"]["value"] == 1 == found["recall", "0 tokens"]["value"]
+    assert found["recall", "kl"]["high"] < -0.95
+    assert all(row["layouts"] == 80 for row in said["predictions"])
+    seeds = {row["truth"]: row for row in said["seeds"]}
+    assert (seeds["kl"]["layouts"], seeds["kl"]["seeds"]) == (30, 3)
+    assert seeds["kl"]["reliability"] > 0.98 and seeds["kl"]["ceiling"] > 0.98
+    assert "stage2_local" in capsys.readouterr().out

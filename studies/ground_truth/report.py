@@ -1,0 +1,189 @@
+"""What predicts a distilled layout: one table over ground-truth tables.
+
+    python studies/ground_truth/report.py studies/ground_truth/*.jsonl
+
+For each table and each budget of stage 3: the rank correlation of every objective, and of every
+smaller budget, with the distilled KL and recall of the largest budget, over the layouts that have
+all of them, with bootstrap intervals; overall and within the best quarter by the distilled figure.
+Then what the seeds of stage 3 allow: the share of the variance that the layouts make, and the
+correlation that a perfect score would reach. Written beside the tables as `report.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mohawk_nas.config import OBJECTIVES
+from mohawk_nas.files import write_json
+from mohawk_nas.search import audit
+
+TRUTHS = ("kl", "recall")
+FEWEST = 12
+"""Layouts below which nothing is said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """How well one figure orders layouts by another."""
+
+    table: str
+    truth: str
+    score: str
+    layouts: int
+    overall: audit.Interval
+    best_quarter: audit.Interval | None
+    """None where a quarter is fewer than 12 layouts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeds:
+    """What the seeds of stage 3 allow."""
+
+    table: str
+    truth: str
+    layouts: int
+    seeds: int
+    reliability: float
+    best_quarter: float | None
+    ceiling: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tables", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, help="report.json beside the first table")
+    args = parser.parse_args()
+    predictions: list[Prediction] = []
+    seeds: list[Seeds] = []
+    for path in args.tables:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for truth in TRUTHS:
+            predictions += predict(path.stem, rows, truth)
+            if (found := seeds_of(path.stem, rows, truth)) is not None:
+                seeds.append(found)
+    show(predictions, seeds)
+    out = args.out or args.tables[0].parent / "report.json"
+    write_json(
+        out,
+        {
+            "command": " ".join([Path(sys.argv[0]).name, *(path.name for path in args.tables)]),
+            "predictions": [asdict(row) for row in predictions],
+            "seeds": [asdict(row) for row in seeds],
+        },
+    )
+
+
+def predict(name: str, rows: Sequence[Mapping[str, Any]], truth: str) -> list[Prediction]:
+    """Every objective and smaller budget against the largest budget, averaged over its seeds."""
+    distilled = [row for row in rows if row["kind"] == "distilled" and row[truth] is not None]
+    budgets = sorted({row["tokens"] for row in distilled})
+    if not budgets or budgets[-1] == 0:
+        return []
+    known: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["kind"] == "zero_shot" and row["bank_seed"] == 0:
+            known.setdefault(row["layout"], {}).update(
+                {objective: row[objective] for objective in OBJECTIVES if objective in row}
+            )
+    for tokens in budgets:
+        for layout, values in by_layout(distilled, truth, tokens).items():
+            # Of a smaller budget one seed, which is what a rung would have.
+            value = float(np.mean(values)) if tokens == budgets[-1] else values[0]
+            known.setdefault(layout, {})[f"{tokens:,} tokens"] = value
+    last = f"{budgets[-1]:,} tokens"
+    names = [n for n in OBJECTIVES if any(n in figures for figures in known.values())]
+    names += [f"{tokens:,} tokens" for tokens in budgets[:-1]]
+    whole = [figures for figures in known.values() if {*names, last} <= set(figures)]
+    if len(whole) < FEWEST:
+        return []
+    sign = 1 if truth == "kl" else -1
+    worth = sign * np.array([figures[last] for figures in whole])
+    best = worth <= np.quantile(worth, 0.25)
+    found = []
+    for score in names:
+        # A budget's recall is a share that is right, the objective of that name one that is lost.
+        turned = sign if score.endswith("tokens") else 1
+        scores = turned * np.array([figures[score] for figures in whole])
+        found.append(
+            Prediction(
+                table=name,
+                truth=truth,
+                score=score,
+                layouts=len(whole),
+                overall=audit.spearman(scores, worth),
+                best_quarter=audit.spearman(scores[best], worth[best])
+                if best.sum() >= FEWEST
+                else None,
+            )
+        )
+    return found
+
+
+def seeds_of(name: str, rows: Sequence[Mapping[str, Any]], truth: str) -> Seeds | None:
+    """Of the largest budget that several seeds have."""
+    distilled = [row for row in rows if row["kind"] == "distilled" and row[truth] is not None]
+    for tokens in sorted({row["tokens"] for row in distilled if row["tokens"]}, reverse=True):
+        found = by_layout(distilled, truth, tokens)
+        most = max(map(len, found.values()))
+        values = np.array([v for v in found.values() if len(v) == most])
+        if most < 2 or len(values) < FEWEST:
+            continue
+        means = values.mean(axis=1)
+        best = values[means <= np.quantile(means, 0.25)]
+        return Seeds(
+            table=name,
+            truth=truth,
+            layouts=len(values),
+            seeds=most,
+            reliability=audit.reliability(values),
+            best_quarter=audit.reliability(best) if len(best) >= FEWEST // 2 else None,
+            ceiling=audit.ceiling(values),
+        )
+    return None
+
+
+def by_layout(
+    distilled: Sequence[Mapping[str, Any]], truth: str, tokens: int
+) -> dict[str, list[float]]:
+    """Layout -> its figure by seed, of the first bank."""
+    found: dict[str, list[float]] = {}
+    for row in sorted(distilled, key=lambda row: int(row["seed"])):
+        if row["tokens"] == tokens and row["bank_seed"] == 0:
+            found.setdefault(row["layout"], []).append(row[truth])
+    return found
+
+
+def show(predictions: Sequence[Prediction], seeds: Sequence[Seeds]) -> None:
+    console = Console()
+    table = Table(title="Spearman's correlation with the distilled figure", box=box.SIMPLE_HEAD)
+    for column in ("teacher", "distilled", "score", "layouts", "overall", "best quarter"):
+        table.add_column(column)
+    for row in predictions:
+        quarter = "-" if row.best_quarter is None else str(row.best_quarter)
+        figures = (str(row.layouts), str(row.overall), quarter)
+        table.add_row(row.table, row.truth, row.score, *figures)
+    console.print(table)
+    table = Table(title="What the seeds of stage 3 allow", box=box.SIMPLE_HEAD)
+    for column in ("teacher", "distilled", "layouts x seeds", "ICC", "best quarter", "ceiling"):
+        table.add_column(column)
+    for seed in seeds:
+        quarter = "-" if seed.best_quarter is None else f"{seed.best_quarter:.2f}"
+        size = f"{seed.layouts} x {seed.seeds}"
+        figures = (size, f"{seed.reliability:.2f}", quarter, f"{seed.ceiling:.2f}")
+        table.add_row(seed.table, seed.truth, *figures)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
