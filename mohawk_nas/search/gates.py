@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,16 +67,20 @@ def soft_top_k(worth: Tensor, kept: int, temperature: Tensor | float) -> Tensor:
 class _GatedSlot(nn.Module):
     """A layer's attention and its replacement, weighed by a gate."""
 
-    def __init__(self, attention: nn.Module, replacement: MixerSlot, gate: Callable[[], Tensor]):
+    def __init__(
+        self, attention: nn.Module, replacement: MixerSlot, gates: Sequence[Tensor], place: int
+    ) -> None:
         super().__init__()
         self.attention = attention
         self.replacement = replacement
-        self._gate = gate
+        # Made anew in each step.
+        self._gates = gates
+        self._place = place
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         kept = self.attention(hidden_states, *args, **kwargs)[0]
         replaced = self.replacement(hidden_states, *args, **kwargs)[0]
-        gate = self._gate().to(kept.dtype)
+        gate = self._gates[self._place].to(kept.dtype)
         return gate * kept + (1 - gate) * replaced, None
 
 
@@ -181,8 +183,8 @@ def _gated(
         if layer in pinned:
             slot.put(student, replacement)
             continue
-        gate = partial(operator.getitem, gates, sorted(replacements).index(layer))
-        slot.put(student, _GatedSlot(slot.get(student), replacement, gate))
+        place = sorted(replacements).index(layer)
+        slot.put(student, _GatedSlot(slot.get(student), replacement, gates, place))
     return student
 
 
