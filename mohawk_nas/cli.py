@@ -109,6 +109,39 @@ def score(
 
 
 @app.command()
+def audit(
+    study: Study,
+    overrides: Overrides = None,
+    hours: Annotated[
+        float, typer.Option(help="Begin no distillation after so long.", min=0.0)
+    ] = 1.0,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Of stage 3 a layout; distill.logits.tokens if not given.", min=1),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Distillations of each layout.", min=1)] = 2,
+    layouts: Annotated[
+        int | None, typer.Option(help="At most so many; as many as there is time for.", min=1)
+    ] = None,
+) -> None:
+    """Measure how well a finished search's score foretells distilled layouts."""
+    config = _load(study, overrides)
+    from mohawk_nas.audit import audit as measure
+    from mohawk_nas.reporting import screen
+
+    _quiet()
+    report, path = measure(
+        config,
+        hours=hours,
+        tokens=tokens or config.distill.logits.tokens,
+        seeds=seeds,
+        layouts=layouts,
+        reporter=screen.reporter(),
+    )
+    screen.show_audit(report, path)
+
+
+@app.command()
 def distill(
     best: Annotated[Path, typer.Argument(help="best.yaml, or the run's folder.", metavar="BEST")],
     overrides: Overrides = None,

@@ -21,6 +21,7 @@ from mohawk_nas.errors import MohawkError, TrainingError
 
 __all__ = [
     "DamagedFile",
+    "RowFile",
     "atomic_folder",
     "atomic_write",
     "load_metadata",
@@ -132,6 +133,45 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e:
         raise DamagedFile(f"{path}: must hold JSON, but does not: {e}") from e
+
+
+class RowFile:
+    """JSON objects, one a line, appended one by one; a file that a killed process left is mended.
+
+    Args:
+        path: Made when the first row is added.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):
+            # The last line was being written when the process was stopped.
+            path.write_text("".join(whole), encoding="utf-8")
+        try:
+            self.rows = [json.loads(line) for line in whole]
+        except ValueError as e:
+            raise DamagedFile(
+                f"{path}: must hold one JSON object a line, but does not ({e})"
+            ) from e
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row; several processes may do so at once."""
+        with _telling_full_disk(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        self.rows.append(dict(row))
+
+    def find(self, **wanted: Any) -> Iterator[dict[str, Any]]:
+        """Rows with these values."""
+        for row in self.rows:
+            if all(row.get(key) == value for key, value in wanted.items()):
+                yield row
 
 
 def save_tensors(

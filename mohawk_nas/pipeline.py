@@ -166,6 +166,14 @@ class Workbench:
         self.reporter.say(f"{said}: recall is left out of the objective")
         return dataclasses.replace(self.config, search=dataclasses.replace(search, objective=rest))
 
+    def result(self) -> StudyResult:
+        """The study as far as it has run.
+
+        Raises:
+            RunError: It has no trials yet.
+        """
+        return load_result(self.study, self.space, self.budget, run_dir=self.config.run_dir)
+
     def scorer(self) -> BankScorer:
         """Scores layouts as ``search.evaluation`` says."""
         search = self.study.search
@@ -296,7 +304,7 @@ def score(
         layout = bench.space.parse(text)
     except LayoutError as e:
         raise LayoutError(f"layout {text!r}: {e}") from e
-    result = load_result(bench.study, bench.space, bench.budget, run_dir=config.run_dir)
+    result = bench.result()
     if layout in result.by_layout:
         scored = result.by_layout[layout].score
     else:

@@ -1,103 +1,134 @@
-import itertools
+"""An audit of a finished search on a tiny teacher of six layers."""
+
+import json
+import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from tiny_study import make_study, make_teacher, make_text
+from typer.testing import CliRunner
 
-from mohawk_nas.search import audit
-
-
-def sample(num=60, noise=0.3, seed=0):
-    rng = np.random.default_rng(seed)
-    truth = rng.normal(size=num)
-    return truth + noise * rng.normal(size=num), truth
-
-
-def test_rank_correlations_are_scipys_and_lie_in_their_intervals():
-    score, truth = sample()
-    score[:5] = score[0]
-    for found, expected in (
-        (audit.spearman(score, truth), stats.spearmanr(score, truth).statistic),
-        (audit.kendall(score, truth), stats.kendalltau(score, truth).statistic),
-    ):
-        assert found.value == pytest.approx(expected, rel=1e-9)
-        assert found.low < found.value < found.high <= 1
-    assert audit.spearman(truth, truth).low == 1
-    assert str(audit.spearman(truth, -truth)) == "-1.00 [-1.00, -1.00]"
+from mohawk_nas.audit import audit, choose_layouts, expected_interval, swaps
+from mohawk_nas.cli import app
+from mohawk_nas.config import dump
+from mohawk_nas.errors import RunError
+from mohawk_nas.layout import Layout
+from mohawk_nas.pipeline import search
+from mohawk_nas.reporting import SILENT
 
 
-def test_an_interval_holds_the_truth_as_often_as_it_says():
-    # Of a bivariate normal Spearman's correlation is 6/pi asin(r/2).
-    expected = 6 / np.pi * np.arcsin(0.8 / 2)
-    held = 0
-    for seed in range(60):
-        rng = np.random.default_rng(seed)
-        x = rng.normal(size=80)
-        y = 0.8 * x + 0.6 * rng.normal(size=80)
-        found = audit.spearman(x, y, seed=seed)
-        held += found.low <= expected <= found.high
-    assert 50 <= held <= 60
+class Listener(type(SILENT)):
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
 
 
-def test_fewer_layouts_give_wider_intervals():
-    score, truth = sample(200)
-    whole, part = audit.spearman(score, truth), audit.spearman(score[:30], truth[:30])
-    assert part.high - part.low > 1.5 * (whole.high - whole.low)
-    with pytest.raises(ValueError, match="three at least"):
-        audit.spearman(score[:2], truth[:2])
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audit")
+    make_teacher(folder / "teacher", num_layers=6)
+    make_text(folder / "text.jsonl")
+    config = make_study(folder, "budget.attention_layers=3", "search.trials=20")
+    assert search(config)[0].exhaustive
+    return config
 
 
-@pytest.mark.parametrize("noise", [0.1, 1.0, 3.0])
-def test_reliability_is_the_share_of_variance_between_layouts(noise):
+def rows_of(config):
+    path = config.run_dir / "audit" / "distilled.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_an_audit_goes_on_and_reports(study, tmp_path):
+    with pytest.raises(RunError, match="only 5 layouts are distilled"):
+        # What the baselines name is distilled in any case.
+        audit(study, hours=1, tokens=256, layouts=1, seeds=1)
+    listener = Listener()
+    report, path = audit(study, hours=1, tokens=256, reporter=listener)
+    outlook = next(line for line in listener.said if line.startswith("a distillation takes"))
+    assert "20 layouts x 2 seeds" in outlook and "0.8 would be known" in outlook
+    rows = rows_of(study)
+    assert len(rows) == 40 == len({(tuple(row["layout"]), row["seed"]) for row in rows})
+    assert (report.layouts, report.seeds, report.tokens) == (20, 2, 256)
+    (trust,) = report.trusts
+    assert trust.figure == "kl"
+    # Hardly distilled, so the undistilled score still orders them.
+    assert trust.spearman.low > 0.5 < trust.kendall.value < trust.spearman.value <= 1
+    assert 0.5 < trust.reliability <= 1 and 0.5 < trust.ceiling <= 1
+    assert trust.regret.total == trust.regret.objective + trust.regret.strategy
+    assert trust.regret.strategy == 0, "every layout was scored"
+    means = {}
+    for row in rows:
+        means.setdefault(tuple(row["layout"]), []).append(np.mean(row["kl_blocks"]))
+    best = min(means, key=lambda layout: np.mean(means[layout]))
+    assert report.best.candidates == best and report.best not in report.tied
+    said = json.loads(path.read_text(encoding="utf-8"))
+    assert said["best"] == list(best) and said["trusts"][0]["spearman"]["low"] > 0.5
+    # Nothing is distilled twice, and another recipe is another audit.
+    again, _ = audit(study, hours=1, tokens=256)
+    assert again == report and rows_of(study) == rows
+    with pytest.raises(RunError, match="an audit with another tokens"):
+        audit(study, hours=1, tokens=512)
+
+
+def test_the_command_prints_what_was_found(study, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump(study), encoding="utf-8")
+    found = CliRunner().invoke(app, ["audit", str(path), "--tokens", "256", "--hours", "1"])
+    assert found.exit_code == 0, found.output
+    for text in ("Spearman", "distilled kl", "regret", "study's own best", "audit.json"):
+        assert text in found.output
+
+
+def test_time_that_is_up_begins_nothing(study, tmp_path):
+    before = rows_of(study)
+    audit(study, hours=0, tokens=256)
+    assert rows_of(study) == before
+
+
+def test_an_audit_needs_a_search(tmp_path):
+    config = make_study(tmp_path)
+    with pytest.raises(RunError, match="must hold a finished search"):
+        audit(config, hours=1, tokens=256)
+
+
+def layouts_of(count):
+    return [
+        Layout(tuple("attention" if i >> b & 1 else "mamba2" for b in range(8)))
+        for i in range(count)
+    ]
+
+
+def test_layouts_come_from_every_tenth_of_the_score():
+    layouts = layouts_of(200)
+    scored = {layout: float(i) for i, layout in enumerate(layouts)}
+    chosen = choose_layouts(scored, [("best", layouts[0]), ("uniform/0", layouts[0])], 31)
+    assert len(chosen) == 31 and chosen[layouts[0]] == ["best", "uniform/0"]
+    tenths = [layouts.index(layout) // 20 for layout in chosen]
+    assert all(tenths.count(tenth) >= 3 for tenth in range(10))
+    assert chosen == choose_layouts(scored, [("best", layouts[0]), ("uniform/0", layouts[0])], 31)
+    assert len(choose_layouts(scored, [], 1000)) == 200
+    near = choose_layouts(scored, [], 30, neighbours=layouts[100:120])
+    assert sum(why == ["neighbour"] for why in near.values()) == 5
+
+
+def test_neighbours_move_one_attention_layer():
+    layout = Layout.keeping((0, 2), num_layers=4, replacement="mamba2")
+    found = [swap.attention_layers for swap in swaps(layout, range(4))]
+    assert sorted(found) == [(0, 1), (0, 3), (1, 2), (2, 3)]
+    assert sorted(s.attention_layers for s in swaps(layout, range(1, 4))) == [(0, 1), (0, 3)]
+
+
+def test_the_expected_interval_is_that_of_simulations():
     rng = np.random.default_rng(0)
-    values = rng.normal(size=(4000, 1)) + noise * rng.normal(size=(4000, 3))
-    assert audit.reliability(values) == pytest.approx(1 / (1 + noise**2), abs=0.03)
-    with pytest.raises(ValueError, match="two seeds"):
-        audit.reliability(values[:, :1])
-
-
-def test_the_ceiling_is_what_a_perfect_score_reaches():
-    rng = np.random.default_rng(0)
-    truth = rng.normal(size=4000)
-    values = truth[:, None] + 0.7 * rng.normal(size=(4000, 3))
-    reached = stats.spearmanr(truth, values[:, 0]).statistic
-    assert audit.ceiling(values) == pytest.approx(reached, abs=0.02)
-
-
-def test_regret_is_split_and_normalised():
-    truth = np.array([1.0, 2.0, 3.0, 6.0])  # mean 3, best 1
-    score = np.array([9.0, 5.0, 7.0, 8.0])
-    found = audit.regret(score, truth, pick=2)
-    assert (found.objective, found.strategy, found.total) == (0.5, 0.5, 1.0)
-    # A lucky pick: the search missed the objective's optimum.
-    assert audit.regret(score, truth, pick=0).strategy == -0.5
-    # Judged by other seeds, which find the best one's lead smaller.
-    judge = np.array([2.0, 2.0, 3.0, 5.0])
-    assert audit.regret(score, truth, pick=2, judge=judge).total == 1.0
-    with pytest.raises(ValueError, match="better than the mean"):
-        audit.regret(score, np.ones(4), pick=0)
-
-
-def test_the_tied_layouts_are_those_a_paired_test_cannot_tell():
-    rng = np.random.default_rng(0)
-    common = 5 * rng.normal(size=100)
-    means = np.array([0.0, 0.01, 0.5, 3.0])
-    blocks = means[:, None] + common + 0.2 * rng.normal(size=(4, 100))
-    assert set(audit.tied_with_best(blocks)) == {0, 1}
-    # Unpaired, the text's own spread would hide 0.5.
-    assert blocks.std() > 4
-
-
-def test_models_explain_what_they_can():
-    layouts = np.array(list(itertools.product([0.0, 1.0], repeat=8)))
-    kept = layouts[layouts.sum(axis=1) == 4]
-    rng = np.random.default_rng(0)
-    effects = rng.normal(size=8)
-    additive = audit.fit_layers(kept, kept @ effects)
-    assert additive.additive == pytest.approx(1, abs=1e-4)
-    pairs = rng.normal(size=(8, 8))
-    interacting = np.einsum("ni,ij,nj->n", kept, pairs, kept)
-    found = audit.fit_layers(kept, interacting)
-    assert found.pairwise > 0.95 > 0.8 > found.additive
-    noise = audit.fit_layers(kept, rng.normal(size=len(kept)))
-    assert noise.additive < 0.2 and noise.pairwise < 0.2
+    # A bivariate normal whose Spearman's correlation is 0.8.
+    r = 2 * math.sin(math.pi * 0.8 / 6)
+    found = []
+    for _ in range(2000):
+        x = rng.normal(size=40)
+        y = r * x + math.sqrt(1 - r**2) * rng.normal(size=40)
+        ranks = [np.argsort(np.argsort(v)) for v in (x, y)]
+        found.append(np.corrcoef(*ranks)[0, 1])
+    low, high = expected_interval(40)
+    assert np.quantile(found, [0.025, 0.975]) == pytest.approx([low, high], abs=0.05)

@@ -14,7 +14,6 @@ from tiny_study import make_study
 from mohawk_nas.config import dump
 from mohawk_nas.data import load_blocks
 from mohawk_nas.distill.several import distil_layouts
-from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import evaluate_blocks
 from mohawk_nas.pipeline import Workbench
 
@@ -106,13 +105,6 @@ def test_a_part_needs_the_bank(table, study, tmp_path, capsys):
     options = [f"bank.path={tmp_path / 'bank'}", "--out", str(tmp_path / "x.jsonl")]
     assert table.main([str(path), *options, "--part", "1/2"]) == 2
     assert "needs the whole bank" in capsys.readouterr().err
-
-
-def test_neighbours_move_one_attention_layer(table):
-    layout = Layout.keeping((0, 2), num_layers=4, replacement="mamba2")
-    found = [swap.attention_layers for swap in table.swaps(layout, range(4))]
-    assert sorted(found) == [(0, 1), (0, 3), (1, 2), (2, 3)]
-    assert sorted(s.attention_layers for s in table.swaps(layout, range(1, 4))) == [(0, 1), (0, 3)]
 
 
 def test_a_layout_is_distilled_the_same_in_any_company(study):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mohawk_nas.audit import AuditReport
 from mohawk_nas.config import OBJECTIVES, StudyConfig
 from mohawk_nas.distill.logits import LogitsResult
 from mohawk_nas.evaluate import Evaluation
@@ -20,7 +21,7 @@ from mohawk_nas.plan import Plan
 from mohawk_nas.recall import RecallProbe
 from mohawk_nas.reporting.console import print_placement, print_result
 from mohawk_nas.reporting.progress import ConsoleReporter
-from mohawk_nas.reporting.text import OBJECTIVE_NOTES
+from mohawk_nas.reporting.text import MOST_TIES, OBJECTIVE_NOTES, layers
 from mohawk_nas.search.result import Placement, StudyResult, compare_blocks
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import space_names
@@ -111,6 +112,49 @@ def show_plan(config: StudyConfig, plan: Plan) -> None:
         times.add_row(phase, f"{plan.flops[phase]:.2e}", _duration(seconds))
     _OUT.print(times)
     _say("A real run takes a few times as long: no phase is a matrix product alone.")
+
+
+def show_audit(report: AuditReport, path: Path) -> None:
+    """How far a study's score can be trusted."""
+    table = _table(
+        f"{report.layouts} layouts distilled on {report.tokens:,} tokens, seeds: {report.seeds}"
+    )
+    table.add_column("how well the score foretells", no_wrap=True)
+    for trust in report.trusts:
+        table.add_column(f"distilled {trust.figure}", no_wrap=True)
+
+    def row(what: str, figures: Iterable[object]) -> None:
+        table.add_row(what, *("-" if figure is None else str(figure) for figure in figures))
+
+    def share(value: float | None) -> str | None:
+        return None if value is None else f"{value:.2f}"
+
+    trusts = report.trusts
+    row("Spearman [95 %]", (t.spearman for t in trusts))
+    row("Kendall [95 %]", (t.kendall for t in trusts))
+    row("Spearman in the best quarter", (t.best_quarter for t in trusts))
+    row("a perfect score's Spearman", (share(t.ceiling) for t in trusts))
+    row("reliability (ICC) of one distillation", (share(t.reliability) for t in trusts))
+    row("R² of single layers", (share(t.fit.additive) for t in trusts))
+    row("R² with pairs of layers", (share(t.fit.pairwise) for t in trusts))
+    regrets = [t.regret for t in trusts]
+    row("regret", (r and f"{r.total:.1%}" for r in regrets))
+    row("  of the objective", (r and f"{r.objective:.1%}" for r in regrets))
+    row("  of the strategy", (r and f"{r.strategy:.1%}" for r in regrets))
+    _OUT.print(table)
+    _say(f"Best when distilled: attention in layers {layers(report.best)}.")
+    if report.tied:
+        named = " | ".join(layers(layout) for layout in report.tied[:MOST_TIES])
+        more = len(report.tied) - MOST_TIES
+        _say(f"Tied with it within noise: {named}{f' and {more} more' if more > 0 else ''}.")
+    among = report.searched == report.best or report.searched in report.tied
+    where = "among them" if among else "not among them"
+    _say(f"The study's own best, {layers(report.searched)}, is {where}.")
+    _say(
+        "Regret is what the study's best costs beyond the best distilled one, as a share of "
+        "(mean of the distilled - best)."
+    )
+    _say(f"Wrote  {path}")
 
 
 def show_distillation(result: LogitsResult, *, next_command: str) -> None:

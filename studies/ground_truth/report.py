@@ -26,7 +26,7 @@ from rich.table import Table
 
 from mohawk_nas.config import OBJECTIVES
 from mohawk_nas.files import write_json
-from mohawk_nas.search import audit
+from mohawk_nas.search import statistics
 
 TRUTHS = ("kl", "recall")
 FEWEST = 12
@@ -41,8 +41,8 @@ class Prediction:
     truth: str
     score: str
     layouts: int
-    overall: audit.Interval
-    best_quarter: audit.Interval | None
+    overall: statistics.Interval
+    best_quarter: statistics.Interval | None
     """None where a quarter is fewer than 12 layouts."""
 
 
@@ -121,8 +121,8 @@ def predict(name: str, rows: Sequence[Mapping[str, Any]], truth: str) -> list[Pr
                 truth=truth,
                 score=score,
                 layouts=len(whole),
-                overall=audit.spearman(scores, worth),
-                best_quarter=audit.spearman(scores[best], worth[best])
+                overall=statistics.spearman(scores, worth),
+                best_quarter=statistics.spearman(scores[best], worth[best])
                 if best.sum() >= FEWEST
                 else None,
             )
@@ -146,9 +146,9 @@ def seeds_of(name: str, rows: Sequence[Mapping[str, Any]], truth: str) -> Seeds 
             truth=truth,
             layouts=len(values),
             seeds=most,
-            reliability=audit.reliability(values),
-            best_quarter=audit.reliability(best) if len(best) >= FEWEST // 2 else None,
-            ceiling=audit.ceiling(values),
+            reliability=statistics.reliability(values),
+            best_quarter=statistics.reliability(best) if len(best) >= FEWEST // 2 else None,
+            ceiling=statistics.ceiling(values),
         )
     return None
 

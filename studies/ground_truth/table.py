@@ -22,16 +22,17 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mohawk_nas.audit import choose_layouts, swaps
 from mohawk_nas.config import OBJECTIVES, StudyConfig, load_study, plain
 from mohawk_nas.data import load_blocks
 from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import InputError, MohawkError
-from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.files import RowFile
+from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import evaluate_blocks
 from mohawk_nas.pipeline import Workbench
 from mohawk_nas.plan import find_problems
@@ -41,40 +42,8 @@ from mohawk_nas.runs import provenance
 from mohawk_nas.search.objectives import BankScorer
 from mohawk_nas.search.strategy import STRATEGIES, SearchContext, Selector
 
-TENTHS = 10
 DIGITS = 6
 """Of the figures in the table."""
-
-
-@dataclass
-class Table:
-    """Rows of JSON in a file; nothing is written twice."""
-
-    path: Path
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not self.path.is_file():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):
-            # The last line was being written when the process was stopped.
-            self.path.write_text("".join(whole), encoding="utf-8")
-        self.rows = [json.loads(line) for line in whole]
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row; several processes may do so at once."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self.rows.append(dict(row))
-
-    def find(self, **wanted: Any) -> Iterator[dict[str, Any]]:
-        """Rows with these values."""
-        for row in self.rows:
-            if all(row.get(key) == value for key, value in wanted.items()):
-                yield row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,7 +105,7 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
     bench = Workbench(config, reporter)
     if len(bench.space.replacements) != 1:
         raise InputError("space.candidates: a table names attention layers, so it takes one mixer")
-    table = Table(args.out or Path(__file__).parent / f"{config.name}.jsonl")
+    table = RowFile(args.out or Path(__file__).parent / f"{config.name}.jsonl")
     head = {
         "kind": "head",
         "study": settings(config),
@@ -179,7 +148,7 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
     if not args.distil:
         return
     # What other processes have scored as well.
-    table = Table(table.path)
+    table = RowFile(table.path)
     scored = {row["layout"] for row in table.find(kind="zero_shot", bank_seed=config.seed)}
     if lacking := {name_of(layout) for layout in layouts} - scored:
         reporter.say(f"{len(lacking)} layouts are not scored yet: run again to distil")
@@ -214,37 +183,19 @@ def all_or_some(bench: Workbench, count: int | None) -> list[Layout]:
 
 
 def choose(
-    bench: Workbench, scorer: BankScorer, table: Table, count: int
+    bench: Workbench, scorer: BankScorer, table: RowFile, count: int
 ) -> list[tuple[list[str], Layout]]:
     """Layouts to distil, each with why: the same for the same table."""
     rows = list(table.find(kind="zero_shot", bank_seed=bench.config.seed))
     layouts = {row["layout"]: bench.space.parse(row["layout"]) for row in rows}
-    ranked = sorted(rows, key=lambda row: (row["kl"], row["layout"]))
-    chosen: dict[Layout, list[str]] = {}
-
-    def take(why: str, some: Iterable[Layout]) -> None:
-        for layout in some:
-            chosen.setdefault(layout, []).append(why)
-
+    scored = {layouts[row["layout"]]: row["kl"] for row in rows}
+    named: list[tuple[str, Layout]] = []
     for name in (n for n in OBJECTIVES if n in rows[0]):
         best = min(rows, key=lambda row: (row[name], row["layout"]))
-        take(f"best {name}", [layouts[best["layout"]]])
-    for label, layout in picks(bench, scorer):
-        take(label, [layout])
-    rng = random.Random(1)
-    neighbours = list(swaps(layouts[ranked[0]["layout"]], bench.space.free_layers))
-    take("neighbour", rng.sample(neighbours, min(len(neighbours), max(0, count // 6))))
-    strata = [
-        ranked[i * len(ranked) // TENTHS : (i + 1) * len(ranked) // TENTHS] for i in range(TENTHS)
-    ]
-    for stratum in strata:
-        rng.shuffle(stratum)
-    while len(chosen) < min(count, len(rows)):
-        for number, stratum in enumerate(strata):
-            if stratum and len(chosen) < count:
-                layout = layouts[stratum.pop()["layout"]]
-                if layout not in chosen:
-                    take(f"tenth {number + 1}", [layout])
+        named.append((f"best {name}", layouts[best["layout"]]))
+    named += picks(bench, scorer)
+    neighbours = list(swaps(min(scored, key=scored.__getitem__), bench.space.free_layers))
+    chosen = choose_layouts(scored, named, count, neighbours=neighbours)
     return [(why, layout) for layout, why in chosen.items()]
 
 
@@ -269,17 +220,9 @@ def picks(bench: Workbench, scorer: BankScorer) -> Iterator[tuple[str, Layout]]:
             yield entry, bench.space.parse(entry)
 
 
-def swaps(layout: Layout, free: Sequence[int]) -> Iterator[Layout]:
-    """Layouts that move one attention layer."""
-    for kept in set(layout.attention_layers) & set(free):
-        for replaced in sorted(set(layout.replaced_layers) & set(free)):
-            moved = layout.with_candidate(kept, layout[replaced])
-            yield moved.with_candidate(replaced, ATTENTION)
-
-
 def distil(
     bench: Workbench,
-    table: Table,
+    table: RowFile,
     chosen: Sequence[tuple[list[str], Layout]],
     args: argparse.Namespace,
     until: float,

@@ -1,0 +1,351 @@
+"""``audit``: distils layouts of a finished search, and says how well its score foretold them.
+
+Layouts are taken from the whole range of the score, besides those that matter: the best, the ones
+tied with it, and what the baselines name. Each is distilled from the bank with one short recipe and
+measured on the validation split, with more than one seed, so that what cannot be foretold is known
+too. The rows stand in ``audit/distilled.jsonl`` of the run; the same command goes on with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mohawk_nas.config import StudyConfig, plain
+from mohawk_nas.data import load_blocks
+from mohawk_nas.distill.several import distil_layouts
+from mohawk_nas.errors import ConfigError, RunError
+from mohawk_nas.files import RowFile, read_json, write_json
+from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.metrics import evaluate_blocks
+from mohawk_nas.pipeline import Workbench
+from mohawk_nas.plan import find_problems
+from mohawk_nas.recall import recall
+from mohawk_nas.reporting import SILENT, Reporter
+from mohawk_nas.runs import check_identity, check_run_dir, only_one
+from mohawk_nas.search import statistics
+from mohawk_nas.search.result import StudyResult
+from mohawk_nas.search.statistics import Fit, Interval, Regret
+
+__all__ = ["AuditReport", "Trust", "audit", "choose_layouts", "expected_interval", "swaps"]
+
+TENTHS = 10
+AT_ONCE = 4
+"""Students trained side by side."""
+FEWEST = 12
+"""Layouts below which no correlation is told."""
+GUESS = 0.8
+"""Correlation for which the interval is foretold."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trust:
+    """How well the study's score foretells one distilled figure."""
+
+    figure: str
+    """``kl`` or ``recall``."""
+    spearman: Interval
+    kendall: Interval
+    best_quarter: Interval | None
+    """Spearman's, within the quarter that distils best; None where that is too few layouts."""
+    reliability: float | None
+    """Share of a distillation's variance that the layout makes and not the seed; None with one."""
+    ceiling: float | None
+    """Spearman's correlation that a perfect score would reach."""
+    fit: Fit
+    """What sums over layers and pairs explain of it."""
+    regret: Regret | None
+    """Of the study's best layout among those distilled; None where no layout beats the mean."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditReport:
+    """What an audit found."""
+
+    layouts: int
+    seeds: int
+    tokens: int
+    trusts: tuple[Trust, ...]
+    best: Layout
+    """Of the distilled ones, that with the lowest KL."""
+    tied: tuple[Layout, ...]
+    """Those that cannot be told from it over the same text and seeds, itself left out."""
+    searched: Layout
+    """The study's best."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        named = {"best": self.best, "searched": self.searched}
+        return {
+            **{name: getattr(self, name) for name in ("layouts", "seeds", "tokens")},
+            **{name: list(layout.candidates) for name, layout in named.items()},
+            "tied": [list(layout.candidates) for layout in self.tied],
+            "trusts": [asdict(trust) for trust in self.trusts],
+        }
+
+
+def audit(
+    config: StudyConfig,
+    *,
+    hours: float,
+    tokens: int,
+    seeds: int = 2,
+    layouts: int | None = None,
+    reporter: Reporter = SILENT,
+) -> tuple[AuditReport, Path]:
+    """Distil layouts of a finished search for some time, and report.
+
+    Args:
+        config: The study; ``distill.logits`` is the recipe.
+        hours: No distillation is begun after so long; those of earlier commands count as well.
+        tokens: Of stage 3 for each layout and seed.
+        seeds: Distillations of each layout.
+        layouts: To distil; None as many as there is time for.
+        reporter: Told what happens.
+
+    Returns:
+        The report and the path of its JSON file.
+
+    Raises:
+        RunError: There is no finished search, or another audit of it, or too little was distilled
+            to say anything.
+    """
+    if problems := find_problems(config):
+        raise ConfigError(problems)
+    if not (config.run_dir / "best.yaml").is_file():
+        raise RunError(
+            f"{config.run_dir}: must hold a finished search, but has no best.yaml; run `search`"
+        )
+    check_run_dir(config)
+    with only_one(config.run_dir):
+        bench = Workbench(config, reporter)
+        check_identity(config.run_dir, bench.identity)
+        result = bench.result()
+        folder = config.run_dir / "audit"
+        recipe = dataclasses.replace(config.distill.logits, tokens=tokens)
+        _claim(folder, {"logits": plain(recipe)})
+        rows = RowFile(folder / "distilled.jsonl")
+        _distil(bench, result, rows, hours=hours, seeds=seeds, layouts=layouts, tokens=tokens)
+        report = _report(result, rows.rows, tokens=tokens)
+        path = folder / "audit.json"
+        write_json(path, report.to_dict())
+        return report, path
+
+
+def choose_layouts(
+    scored: Mapping[Layout, float],
+    named: Iterable[tuple[str, Layout]],
+    count: int,
+    *,
+    neighbours: Sequence[Layout] = (),
+    seed: int = 1,
+) -> dict[Layout, list[str]]:
+    """Layouts that are worth distilling, the same for the same scores.
+
+    Args:
+        scored: Layout -> score, lower is better.
+        named: Reason and layout of those that are taken in any case.
+        count: How many, or more if more are named.
+        neighbours: A sixth is drawn from these.
+        seed: Of what is drawn.
+
+    Returns:
+        Layout -> why; the tenths of the score's range take turns.
+    """
+    chosen: dict[Layout, list[str]] = {}
+    for why, layout in named:
+        chosen.setdefault(layout, []).append(why)
+    rng = random.Random(seed)
+    for layout in rng.sample(list(neighbours), min(len(neighbours), count // 6)):
+        chosen.setdefault(layout, []).append("neighbour")
+    ranked = sorted(scored, key=lambda layout: (scored[layout], layout.candidates))
+    strata = [
+        ranked[i * len(ranked) // TENTHS : (i + 1) * len(ranked) // TENTHS] for i in range(TENTHS)
+    ]
+    for stratum in strata:
+        rng.shuffle(stratum)
+    while any(strata) and len(chosen) < count:
+        for number, stratum in enumerate(strata):
+            if stratum and len(chosen) < count:
+                layout = stratum.pop()
+                if layout not in chosen:
+                    chosen[layout] = [f"tenth {number + 1}"]
+    return chosen
+
+
+def swaps(layout: Layout, free: Sequence[int]) -> Iterator[Layout]:
+    """Layouts that move one attention layer among the free ones."""
+    for kept in sorted(set(layout.attention_layers) & set(free)):
+        for replaced in sorted(set(layout.replaced_layers) & set(free)):
+            moved = layout.with_candidate(kept, layout[replaced])
+            yield moved.with_candidate(replaced, ATTENTION)
+
+
+def expected_interval(layouts: int, correlation: float = GUESS) -> tuple[float, float]:
+    """Where 95 % of Spearman's correlations would lie (Bonett and Wright 2000)."""
+    error = math.sqrt((1 + correlation**2 / 2) / (layouts - 3))
+    middle = math.atanh(correlation)
+    return math.tanh(middle - 1.96 * error), math.tanh(middle + 1.96 * error)
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    path = folder / "settings.json"
+    if path.is_file() and (kept := read_json(path)) != settings:
+        changed = [
+            key for key in settings["logits"] if kept["logits"][key] != settings["logits"][key]
+        ]
+        raise RunError(
+            f"{folder}: holds an audit with another {', '.join(changed)}; remove the folder to "
+            "begin anew"
+        )
+    write_json(path, dict(settings))
+
+
+def _distil(
+    bench: Workbench,
+    result: StudyResult,
+    rows: RowFile,
+    *,
+    hours: float,
+    seeds: int,
+    layouts: int | None,
+    tokens: int,
+) -> None:
+    """Distil what there is time for: all seeds of a few layouts, then of the next."""
+    config, reporter = bench.config, bench.reporter
+    until = time.perf_counter() + 3600 * hours
+    chosen = list(
+        choose_layouts(
+            {trial.layout: trial.value for trial in result.trials},
+            [("best", result.best.layout), *result.baselines.items()],
+            min(len(result.trials), layouts or len(result.trials)),
+        )
+    )
+    needed = max(tokens, config.data.block_size)
+    train = load_blocks(config.data, bench.teacher.tokenizer, needed={"bank": needed})["bank"]
+    recipe = dataclasses.replace(config.distill.logits, tokens=tokens)
+    probe = bench.probe("validation")
+    bench.bank.train(bench.space.replaceable, reporter=reporter)
+
+    def measure(model: Any) -> dict[str, Any]:
+        figures = evaluate_blocks(bench.teacher, model, bench.blocks["validation"])
+        share = None if probe is None else recall(model, probe)
+        return {"kl_blocks": list(figures.kl), "recall": share}
+
+    told = False
+    for start in range(0, len(chosen), AT_ONCE):
+        for seed in range(seeds):
+            done = {tuple(row["layout"]) for row in rows.find(seed=seed)}
+            group = [x for x in chosen[start : start + AT_ONCE] if x.candidates not in done]
+            if not group:
+                continue
+            began = time.perf_counter()
+            if began > until:
+                return
+            figures = distil_layouts(
+                bench.teacher,
+                group,
+                bench.bank,
+                train=train,
+                config=recipe,
+                seed=seed,
+                measure=measure,
+                reporter=reporter,
+            )
+            for layout, found in zip(group, figures, strict=True):
+                rows.add({"layout": list(layout.candidates), "seed": seed, **found})
+            if not told:
+                each = (time.perf_counter() - began) / len(group)
+                affordable = int(3600 * hours / each / seeds)
+                reporter.say(_outlook(each, min(affordable, len(chosen)), seeds))
+                told = True
+
+
+def _outlook(each: float, count: int, seeds: int) -> str:
+    text = (
+        f"a distillation takes {each:.1f} s, so there is time for {count} layouts x {seeds} seeds"
+    )
+    if count < FEWEST:
+        return f"{text}, too few to tell a correlation; give more --hours or fewer --tokens"
+    low, high = expected_interval(count)
+    return f"{text}; a correlation of {GUESS} would be known to lie within {low:.2f} and {high:.2f}"
+
+
+def _report(result: StudyResult, rows: Sequence[Mapping[str, Any]], *, tokens: int) -> AuditReport:
+    by_layout: dict[Layout, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: int(row["seed"])):
+        by_layout.setdefault(Layout(tuple(row["layout"])), []).append(row)
+    seeds = max(map(len, by_layout.values()), default=0)
+    # Those that all seeds have been through: the others would be noisier.
+    whole = {layout: found for layout, found in by_layout.items() if len(found) == seeds}
+    if len(whole) < FEWEST:
+        raise RunError(
+            f"only {len(whole)} layouts are distilled with {seeds} seeds, and {FEWEST} are needed "
+            "to say anything; run again with more --hours"
+        )
+    layouts = list(whole)
+    # (N, S, B)
+    blocks = np.array([[row["kl_blocks"] for row in whole[layout]] for layout in layouts])
+    scores = np.array([result.by_layout[layout].value for layout in layouts])
+    free = result.space.free_layers
+    kept = np.array([[x[layer] == ATTENTION for layer in free] for x in layouts], dtype=float)
+    searched = layouts.index(result.best.layout) if result.best.layout in whole else None
+    figures = {"kl": blocks.mean(axis=2)}
+    if rows[0]["recall"] is not None:
+        figures["recall"] = np.array([[row["recall"] for row in whole[x]] for x in layouts])
+    joined = blocks.reshape(len(layouts), -1)
+    order = np.argsort(joined.mean(axis=1), kind="stable")
+    best = int(order[0])
+    tied = set(statistics.tied_with_best(joined)) - {best}
+    return AuditReport(
+        layouts=len(layouts),
+        seeds=seeds,
+        tokens=tokens,
+        trusts=tuple(
+            _trust(name, scores, values if name == "kl" else -values, kept, searched)
+            for name, values in figures.items()
+        ),
+        best=layouts[best],
+        tied=tuple(layouts[int(i)] for i in order if int(i) in tied),
+        searched=result.best.layout,
+    )
+
+
+def _trust(
+    name: str,
+    scores: statistics.Values,
+    values: statistics.Values,
+    kept: statistics.Values,
+    searched: int | None,
+) -> Trust:
+    """Of one figure ``(N, S)``, lower is better."""
+    truth = values.mean(axis=1)
+    several = values.shape[1] > 1
+    top = truth <= np.quantile(truth, 0.25)
+    regret = None
+    if searched is not None and truth.min() < truth.mean():
+        # The best is chosen on all seeds but the last and judged on that one.
+        first = values[:, :-1].mean(axis=1) if several else truth
+        judge = values[:, -1]
+        if judge[int(np.argmin(first))] < judge.mean():
+            regret = statistics.regret(scores, first, searched, judge=judge)
+    return Trust(
+        figure=name,
+        spearman=statistics.spearman(scores, truth),
+        kendall=statistics.kendall(scores, truth),
+        best_quarter=statistics.spearman(scores[top], truth[top])
+        if top.sum() >= FEWEST // 2
+        else None,
+        reliability=statistics.reliability(values) if several else None,
+        ceiling=statistics.ceiling(values) if several else None,
+        fit=statistics.fit_layers(kept, truth),
+        regret=regret,
+    )

@@ -1,0 +1,103 @@
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mohawk_nas.search import statistics
+
+
+def sample(num=60, noise=0.3, seed=0):
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(size=num)
+    return truth + noise * rng.normal(size=num), truth
+
+
+def test_rank_correlations_are_scipys_and_lie_in_their_intervals():
+    score, truth = sample()
+    score[:5] = score[0]
+    for found, expected in (
+        (statistics.spearman(score, truth), stats.spearmanr(score, truth).statistic),
+        (statistics.kendall(score, truth), stats.kendalltau(score, truth).statistic),
+    ):
+        assert found.value == pytest.approx(expected, rel=1e-9)
+        assert found.low < found.value < found.high <= 1
+    assert statistics.spearman(truth, truth).low == 1
+    assert str(statistics.spearman(truth, -truth)) == "-1.00 [-1.00, -1.00]"
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says():
+    # Of a bivariate normal Spearman's correlation is 6/pi asin(r/2).
+    expected = 6 / np.pi * np.arcsin(0.8 / 2)
+    held = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=80)
+        y = 0.8 * x + 0.6 * rng.normal(size=80)
+        found = statistics.spearman(x, y, seed=seed)
+        held += found.low <= expected <= found.high
+    assert 50 <= held <= 60
+
+
+def test_fewer_layouts_give_wider_intervals():
+    score, truth = sample(200)
+    whole, part = statistics.spearman(score, truth), statistics.spearman(score[:30], truth[:30])
+    assert part.high - part.low > 1.5 * (whole.high - whole.low)
+    with pytest.raises(ValueError, match="three at least"):
+        statistics.spearman(score[:2], truth[:2])
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0, 3.0])
+def test_reliability_is_the_share_of_variance_between_layouts(noise):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(4000, 1)) + noise * rng.normal(size=(4000, 3))
+    assert statistics.reliability(values) == pytest.approx(1 / (1 + noise**2), abs=0.03)
+    with pytest.raises(ValueError, match="two seeds"):
+        statistics.reliability(values[:, :1])
+
+
+def test_the_ceiling_is_what_a_perfect_score_reaches():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=4000)
+    values = truth[:, None] + 0.7 * rng.normal(size=(4000, 3))
+    reached = stats.spearmanr(truth, values[:, 0]).statistic
+    assert statistics.ceiling(values) == pytest.approx(reached, abs=0.02)
+
+
+def test_regret_is_split_and_normalised():
+    truth = np.array([1.0, 2.0, 3.0, 6.0])  # mean 3, best 1
+    score = np.array([9.0, 5.0, 7.0, 8.0])
+    found = statistics.regret(score, truth, pick=2)
+    assert (found.objective, found.strategy, found.total) == (0.5, 0.5, 1.0)
+    # A lucky pick: the search missed the objective's optimum.
+    assert statistics.regret(score, truth, pick=0).strategy == -0.5
+    # Judged by other seeds, which find the best one's lead smaller.
+    judge = np.array([2.0, 2.0, 3.0, 5.0])
+    assert statistics.regret(score, truth, pick=2, judge=judge).total == 1.0
+    with pytest.raises(ValueError, match="better than the mean"):
+        statistics.regret(score, np.ones(4), pick=0)
+
+
+def test_the_tied_layouts_are_those_a_paired_test_cannot_tell():
+    rng = np.random.default_rng(0)
+    common = 5 * rng.normal(size=100)
+    means = np.array([0.0, 0.01, 0.5, 3.0])
+    blocks = means[:, None] + common + 0.2 * rng.normal(size=(4, 100))
+    assert set(statistics.tied_with_best(blocks)) == {0, 1}
+    # Unpaired, the text's own spread would hide 0.5.
+    assert blocks.std() > 4
+
+
+def test_models_explain_what_they_can():
+    layouts = np.array(list(itertools.product([0.0, 1.0], repeat=8)))
+    kept = layouts[layouts.sum(axis=1) == 4]
+    rng = np.random.default_rng(0)
+    effects = rng.normal(size=8)
+    additive = statistics.fit_layers(kept, kept @ effects)
+    assert additive.additive == pytest.approx(1, abs=1e-4)
+    pairs = rng.normal(size=(8, 8))
+    interacting = np.einsum("ni,ij,nj->n", kept, pairs, kept)
+    found = statistics.fit_layers(kept, interacting)
+    assert found.pairwise > 0.95 > 0.8 > found.additive
+    noise = statistics.fit_layers(kept, rng.normal(size=len(kept)))
+    assert noise.additive < 0.2 and noise.pairwise < 0.2
