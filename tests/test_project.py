@@ -211,7 +211,7 @@ def test_every_mixer_resolves():
 
 
 def test_every_strategy_resolves():
-    assert {"tpe", "random", "exhaustive", "uniform", "greedy"} <= set(STRATEGIES.names())
+    assert {"tpe", "gp", "random", "exhaustive", "uniform", "beam"} <= set(STRATEGIES.names())
     for name in STRATEGIES.names():
         assert issubclass(STRATEGIES.get(name), Strategy)
         STRATEGIES.get(name)()

@@ -11,13 +11,14 @@ import pytest
 from synthetic_search import SyntheticScorer, make, make_space
 
 from mohawk_nas.layout import ATTENTION, Layout
-from mohawk_nas.search.strategies.tpe import _nearest_unseen
+from mohawk_nas.search.strategies._sampling import _nearest_unseen
 from mohawk_nas.search.strategy import (
-    STRATEGIES,
     SearchContext,
     Selector,
+    build_strategy,
     random_unseen,
     solve_local,
+    strategy_names,
 )
 from mohawk_nas.search.study import trial_seed
 
@@ -40,7 +41,7 @@ def context(space, budget, scorer, *, finished=(), pending=(), seed=0):
 def chosen(name, num_layers, num_attention, *, scorer=None, **space_options):
     _, space, budget = make(num_layers, num_attention, **space_options)
     scorer = scorer or SyntheticScorer(num_layers, replacements=space.replacements)
-    found = STRATEGIES.get(name)().layouts(context(space, budget, scorer))
+    found = build_strategy(name).layouts(context(space, budget, scorer))
     for _, layout in found:
         space.check(layout)
         budget.check(layout)
@@ -52,7 +53,7 @@ def kept(layouts):
 
 
 def search(name, space, budget, scorer, *, num_trials, seed=0):
-    strategy, finished, names = STRATEGIES.get(name)(), [], []
+    strategy, finished, names = build_strategy(name), [], []
     while len(finished) < num_trials:
         seeded = trial_seed(seed, len(finished))
         proposal = strategy.propose(context(space, budget, scorer, finished=finished, seed=seeded))
@@ -66,8 +67,12 @@ def search(name, space, budget, scorer, *, num_trials, seed=0):
 
 
 def test_every_registered_strategy_loads():
-    for name in STRATEGIES.names():
-        assert STRATEGIES.get(name).__doc__
+    for name in strategy_names():
+        strategy = build_strategy(name)
+        assert strategy.__doc__
+        # Without options these two are the same as a short name.
+        expected = {"block": "middle", "ranking": "stage2_rank"}.get(name, name)
+        assert strategy.label == expected
 
 
 def test_uniform_takes_every_phase():
@@ -144,9 +149,9 @@ def test_greedy_goes_step_by_step_where_layers_interact():
     assert layout.attention_layers == tuple(sorted(expected))
 
 
-@pytest.mark.parametrize("name", STRATEGIES.names())
+@pytest.mark.parametrize("name", strategy_names())
 def test_planned_probes_are_those_made(name):
-    strategy = STRATEGIES.get(name)()
+    strategy = build_strategy(name)
     if not isinstance(strategy, Selector):
         pytest.skip("makes no probes")
     _, space, budget = make(6, 3, pinned={2: ATTENTION})
@@ -207,7 +212,7 @@ def test_samplers_leave_out_what_others_are_scoring(name):
     every = list(budget.enumerate(space))
     finished = [(layout, scorer.exact(layout)) for layout in every[:6]]
     for seed in range(5):
-        proposal = STRATEGIES.get(name)().propose(
+        proposal = build_strategy(name).propose(
             context(space, budget, scorer, finished=finished, pending=every[6:9], seed=seed)
         )
         assert proposal is not None and proposal.layout == every[9]
@@ -218,7 +223,7 @@ def test_tpe_takes_scores_that_are_not_finite():
     scorer = SyntheticScorer(6)
     finished = [(layout, scorer.exact(layout)) for layout in budget.enumerate(space)][:8]
     finished[2] = (finished[2][0], float("inf"))
-    proposal = STRATEGIES.get("tpe")().propose(context(space, budget, scorer, finished=finished))
+    proposal = build_strategy("tpe").propose(context(space, budget, scorer, finished=finished))
     assert proposal is not None and proposal.proposed_by.startswith("tpe")
 
 
@@ -294,8 +299,8 @@ def test_the_replay_of_a_table_tells_regrets(tmp_path, capsys, monkeypatch):
 
 def test_a_known_layout_gives_way_to_the_cheapest_unseen_swap():
     space = make_space(5, replacements=("a", "b"))
-    params = {f"layer_{i:03d}.priority": p for i, p in enumerate([0.9, 0.5, 0.45, 0.1, 0.8])}
-    params |= {f"layer_{i:03d}.replacement": "b" for i in range(5)}
+    worth = dict(enumerate([0.9, 0.5, 0.45, 0.1, 0.8]))
+    params = {f"layer_{i:03d}.replacement": "b" for i in range(5)}
 
     def keeping(*kept):
         return Layout(tuple(ATTENTION if i in kept else "b" for i in range(5)))
@@ -305,9 +310,9 @@ def test_a_known_layout_gives_way_to_the_cheapest_unseen_swap():
     order = [layout, keeping(0, 1), keeping(0, 2)]
     seen = set()
     for expected in order:
-        assert _nearest_unseen(layout, params, space=space, seen=seen) == expected
+        assert _nearest_unseen(layout, worth, params, space=space, seen=seen) == expected
         seen.add(expected)
     # With every swap known, one layer takes another replacement.
     seen |= {keeping(*pair) for pair in itertools.combinations(range(5), 2)}
-    flipped = _nearest_unseen(layout, params, space=space, seen=seen)
+    flipped = _nearest_unseen(layout, worth, params, space=space, seen=seen)
     assert flipped.attention_layers == (0, 4) and flipped.candidates.count("a") == 1

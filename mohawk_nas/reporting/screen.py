@@ -23,7 +23,7 @@ from mohawk_nas.reporting.text import OBJECTIVE_NOTES
 from mohawk_nas.search.result import Placement, StudyResult, compare_blocks
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import space_names
-from mohawk_nas.search.strategy import STRATEGIES
+from mohawk_nas.search.strategy import SHORT_NAMES, STRATEGIES, strategy_names
 
 __all__ = [
     "reporter",
@@ -178,7 +178,7 @@ def show_names(what: str) -> None:
     elif what == "spaces":
         _names(dict.fromkeys(space_names(), ""))
     elif what == "strategies":
-        _names({name: _first_line(STRATEGIES.get(name)) for name in STRATEGIES.names()})
+        _names({name: _strategy_note(name) for name in strategy_names()})
     else:
         _names({name: OBJECTIVE_NOTES[name] for name in OBJECTIVES})
 
@@ -186,6 +186,13 @@ def show_names(what: str) -> None:
 def _names(notes: Mapping[str, str]) -> None:
     for name, note in notes.items():
         _say(f"{name:<16} {note}".rstrip())
+
+
+def _strategy_note(name: str) -> str:
+    if name not in SHORT_NAMES:
+        return _first_line(STRATEGIES.get(name))
+    meant = ", ".join(f"{option}: {value}" for option, value in SHORT_NAMES[name].items())
+    return f"Short for {{{meant}}}."
 
 
 def _first_line(item: type) -> str:

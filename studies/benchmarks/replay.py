@@ -1,12 +1,19 @@
-"""Replays search strategies on tables of layouts that are scored already.
+"""Replays search strategies on layouts that are scored already, or scored by a formula.
 
-Needs one table or more, each with the score of every layout of a teacher; no model, no GPU. Random
-search and TPE run ten times each, without baselines, through the same code as `mohawk-nas search`;
-greedy and swap-one are computed from the table's probes. Regret is what the best layout found is
-above the best there is, as a share of (mean of all layouts - best). A table of 220 layouts takes
-about two minutes on one core:
+Needs no model and no GPU. Each strategy runs ten times, without baselines, through the same code as
+`mohawk-nas search`; selectors, which name their layouts up front, run once. Regret is what the best
+layout found is above the best there is, as a share of (mean of all layouts - best). All tables and
+one made-up space of 24 layers take about MINUTES minutes on one core:
 
-    python studies/benchmarks/replay.py studies/benchmarks/results/scores_*.json
+    python studies/benchmarks/replay.py studies/benchmarks/results/scores_{quickstart,phi-24m}.json \
+        --made-up 24,4
+
+`--strategies` takes other strategies as a study names them, options included:
+
+    ... --strategies random tpe '{name: tpe, encoding: slots}'
+
+A made-up space has an effect of each layer that keeps attention and one of each two of them, drawn
+at random, anew for each seed, both with the same spread over the layouts on the budget.
 
 A table is a JSON object: `name`, `num_layers`, `attention_layers` (how many a layout keeps),
 `objective`, `possible` (layouts on the budget), `layouts` (a list of `{"layout": [1, 5],
@@ -45,8 +52,27 @@ from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import SearchSpace, load_space
 from mohawk_nas.search.study import run_study
 
-STRATEGIES = ("random", "tpe")
-SELECTORS = ("swap_one", "greedy")
+STRATEGIES = (
+    "random",
+    "tpe",
+    "{name: tpe, encoding: slots}",
+    "{name: tpe, encoding: bits}",
+    "gp",
+    "{name: gp, encoding: slots}",
+    "{name: gp, encoding: bits}",
+    "{name: surrogate, model: additive}",
+    "surrogate",
+    "{name: surrogate, explore: thompson}",
+)
+SELECTORS = (
+    "swap_one",
+    "add_one_in",
+    "greedy",
+    "{name: greedy, swaps: 2}",
+    "{name: greedy, direction: remove}",
+    "beam",
+    "{name: beam, swaps: 2}",
+)
 STEPS = (4, 8, 16, 32, 64, 128, 256, 512)
 RESULTS = Path(__file__).parent / "results"
 
@@ -79,6 +105,29 @@ class Scores:
             num_layers=raw["num_layers"],
             num_attention=raw["attention_layers"],
             values=values,
+        )
+
+    @classmethod
+    def made_up(cls, num_layers: int, num_attention: int, *, seed: int) -> MadeUp:
+        """A space in which single layers and pairs of them spread the values equally."""
+        rng = np.random.default_rng(seed)
+        share = num_attention / num_layers
+        layers, pairs = rng.normal(size=num_layers), rng.normal(size=(num_layers, num_layers))
+        # Centred at how often a layer is kept, so that a pair has no part that its layers explain.
+        space = MadeUp(
+            name=f"made-up {num_attention} of {num_layers}",
+            objective="kl",
+            num_layers=num_layers,
+            num_attention=num_attention,
+            values={},
+            share=share,
+            layers=layers,
+            pairs=np.triu(pairs, 1),
+        )
+        kept = space.kept(list(space.budget.enumerate(space.space)))
+        single, double = space.parts(kept)
+        return replace(
+            space, layers=layers / single.std(), pairs=np.triu(pairs, 1) / double.std()
         )
 
     @cached_property
@@ -125,8 +174,43 @@ class Scores:
         return run_study(config, self.space, self.budget, self, run_dir=None)
 
 
-def replay(scores: Scores, *, num_seeds: int, most: int) -> dict[str, Any]:
-    """Regrets of every strategy and selector on one table."""
+@dataclass(frozen=True, kw_only=True)
+class MadeUp(Scores):
+    """Values by a formula, for every layout there is."""
+
+    share: float
+    layers: Array
+    """``(num_layers,)``"""
+    pairs: Array
+    """``(num_layers, num_layers)``, upper triangle."""
+
+    def kept(self, layouts: Sequence[Layout]) -> Array:
+        rows = [[i in layout.attention_layers for i in range(self.num_layers)] for layout in layouts]
+        return np.array(rows, dtype=float)
+
+    def parts(self, kept: Array) -> tuple[Array, Array]:
+        centred = kept - self.share
+        return centred @ self.layers, np.einsum("nj,nj->n", centred @ self.pairs, centred)
+
+    @cached_property
+    def feasible(self) -> list[float]:
+        kept = self.kept(list(self.budget.enumerate(self.space)))
+        return [float(value) for value in sum(self.parts(kept))]
+
+    def score(self, layout: Layout) -> Score:
+        value = float(sum(self.parts(self.kept([layout])))[0])
+        return Score(per_block={self.objective: (value,)}, tokens=0, seconds=0.0)
+
+
+def replay(tables: Sequence[Scores], *, strategies, selectors, most: int) -> dict[str, Any]:
+    """Regrets of every strategy and selector.
+
+    Args:
+        tables: One a seed; the same again and again where there is one table only.
+        strategies: As a study names them.
+        selectors: As a study names them.
+        most: Most layouts that a run scores.
+    """
     possible = scores.budget.count(scores.space)
     steps = [step for step in STEPS if step <= min(most, possible - 1)]
     # One layout short of the whole space, which the study would enumerate instead.
