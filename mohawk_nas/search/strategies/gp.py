@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mohawk_nas.search.strategies._sampling import OptunaSampler
-from mohawk_nas.search.strategy import STRATEGIES
+from mohawk_nas.search.strategy import STRATEGIES, Proposal, SearchContext
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -19,6 +20,20 @@ class GP(OptunaSampler):
 
     # Optuna models only what all trials have in common.
     needs_all: ClassVar[bool] = True
+
+    def propose(self, context: SearchContext) -> Proposal | None:
+        import optuna
+        from optuna.exceptions import ExperimentalWarning
+
+        # It remarks at every start on an option that is experimental, and on a library that would
+        # make it faster.
+        verbosity = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        try:
+            with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
+                return super().propose(context)
+        finally:
+            optuna.logging.set_verbosity(verbosity)
 
     def sampler(self, seed: int) -> BaseSampler:
         from optuna.samplers import GPSampler

@@ -46,8 +46,9 @@ class Surrogate(Strategy):
     """
 
     model: Literal["additive", "pairwise"] = "pairwise"
-    explore: Literal["none", "thompson"] = "none"
-    """``thompson`` takes coefficients drawn from their posterior instead of its mean."""
+    explore: Literal["none", "thompson"] = "thompson"
+    """``thompson`` takes coefficients drawn from their posterior instead of its mean, so proposals
+    made at the same time differ as well."""
     design: int = 8
     """Layouts drawn at random before there is a model; baselines count."""
     time_limit: float = 20.0
