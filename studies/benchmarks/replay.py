@@ -31,7 +31,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -185,24 +185,17 @@ class MadeUp(Scores):
     @classmethod
     def of(cls, text: str, *, seed: int) -> MadeUp:
         """Reads ``pairs,24,4``: kind, layers, layers that keep attention."""
-        kind, num_layers, num_attention = text.split(",")
-        size, rng = int(num_layers), np.random.default_rng(seed)
-        space = cls(
+        kind, *numbers = text.split(",")
+        num_layers, num_attention = map(int, numbers)
+        make = {"pairs": pairs, "roles": roles}[kind]
+        return cls(
             name=f"made-up {kind}",
             objective="kl",
-            num_layers=size,
-            num_attention=int(num_attention),
+            num_layers=num_layers,
+            num_attention=num_attention,
             values={},
-            formula=roles(rng, size) if kind == "roles" else pairs(rng, size, 1.0),
+            formula=make(np.random.default_rng(seed), num_layers, num_attention),
         )
-        if kind == "roles":
-            return space
-        # Single layers alone, then pairs alone: they are to spread the values equally.
-        kept = space.kept(list(space.budget.enumerate(space.space)))
-        rng = np.random.default_rng(seed)
-        parts = pairs(rng, size, 0.0)(kept), space.formula(kept)
-        spread = float(parts[0].std() / (parts[1] - parts[0]).std())
-        return replace(space, formula=pairs(np.random.default_rng(seed), size, spread))
 
     def kept(self, layouts: Sequence[Layout]) -> Array:
         found = np.zeros((len(layouts), self.num_layers))
@@ -215,29 +208,33 @@ class MadeUp(Scores):
         return Score(per_block={self.objective: (value,)}, tokens=0, seconds=0.0)
 
 
-def pairs(rng: np.random.Generator, num_layers: int, strength: float) -> Callable[[Array], Array]:
+def pairs(
+    rng: np.random.Generator, num_layers: int, num_attention: int
+) -> Callable[[Array], Array]:
     """An effect of each layer that keeps attention and of each two of them, both normal."""
     single = rng.normal(size=num_layers)
-    double = np.triu(rng.normal(size=(num_layers, num_layers)), 1) * strength
+    double = np.triu(rng.normal(size=(num_layers, num_layers)), 1)
+    # A pair counts against how often its layers are kept, so single layers explain little of it.
+    share = num_attention / num_layers
 
-    def formula(kept: Array) -> Array:
-        # A pair counts against how often its layers are kept, so single layers explain none of it.
-        centred = kept - kept[0].sum() / num_layers
-        return kept @ single + np.einsum("nj,nj->n", centred @ double, centred)
+    def parts(kept: Array) -> tuple[Array, Array]:
+        centred = kept - share
+        return kept @ single, np.einsum("nj,nj->n", centred @ double, centred)
 
-    return formula
+    sample = np.zeros((10_000, num_layers))
+    for row in sample:
+        row[rng.choice(num_layers, num_attention, replace=False)] = 1.0
+    alone, together = parts(sample)
+    double *= alone.std() / together.std()
+    return lambda kept: np.sum(parts(kept), axis=0)
 
 
 def roles(
-    rng: np.random.Generator, num_layers: int, num_roles: int = 6
+    rng: np.random.Generator, num_layers: int, num_attention: int
 ) -> Callable[[Array], Array]:
-    """Each of some roles is played by whichever kept layer is best at it; talents are cubed."""
-    talent = rng.uniform(size=(num_roles, num_layers)) ** 3
-
-    def formula(kept: Array) -> Array:
-        return -sum((kept * one).max(axis=1) for one in talent)
-
-    return formula
+    """Each of six roles is played by whichever kept layer is best at it; few are good at any."""
+    talents = rng.uniform(size=(6, num_layers)) ** 3
+    return lambda kept: -np.sum([(kept * talent).max(axis=1) for talent in talents], axis=0)
 
 
 def replay(
