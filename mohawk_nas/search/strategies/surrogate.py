@@ -71,7 +71,14 @@ class Surrogate(Strategy):
             known = codes.matrix([layout for layout, _ in context.finished])
             rng = np.random.default_rng(context.seed) if self.explore == "thompson" else None
             model = fit(known, values, pairwise=self.model == "pairwise", rng=rng)
-            found = minimise(model, space, budget, seen=seen, time_limit=self.time_limit)
+            found = minimise(
+                model,
+                space,
+                budget,
+                seen=seen,
+                time_limit=self.time_limit,
+                enumerated=ENUMERATED,
+            )
             if found is not None:
                 return Proposal(layout=found, proposed_by=self.label)
             way = "fallback"
