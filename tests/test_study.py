@@ -4,9 +4,10 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Timer
 
@@ -17,10 +18,11 @@ from synthetic_search import SyntheticScorer, make
 from mohawk_nas.config import study_from_dict
 from mohawk_nas.errors import ConfigError, RegistryError, RunError, TrainingError
 from mohawk_nas.layout import ATTENTION
+from mohawk_nas.registry import load_plugin
 from mohawk_nas.reporting import Silent
 from mohawk_nas.search.result import compare, compare_blocks
 from mohawk_nas.search.scoring import Score
-from mohawk_nas.search.strategy import STRATEGIES, Proposal, Strategy, build_strategy
+from mohawk_nas.search.strategy import STRATEGIES, build_strategy
 from mohawk_nas.search.study import check_search, load_result, plan_search, run_study, trial_seed
 
 BASELINES = ["uniform", "first", "last", "stage2_rank", "swap_one", "add_one_in", "greedy"]
@@ -500,19 +502,11 @@ def test_a_study_goes_on_whichever_way_its_names_are_written(tmp_path):
         run(8, 2, trials=4, run_dir=tmp_path, strategy="tpe")
 
 
-def test_a_strategy_of_ones_own_has_options_like_a_built_in():
-    @STRATEGIES.register("every_nth")
-    @dataclass(frozen=True, kw_only=True)
-    class EveryNth(Strategy):
-        """Every n-th layout."""
-
-        n: int = 2
-
-        def propose(self, context):
-            layouts = list(context.budget.enumerate(context.space))[:: self.n]
-            left = [layout for layout in layouts if layout not in context.seen]
-            return Proposal(layout=left[0], proposed_by=self.label) if left else None
-
+def test_the_readmes_strategy_has_options_like_a_built_in(tmp_path):
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "every_nth" in c)
+    (tmp_path / "mine.py").write_text(code)
+    load_plugin(tmp_path / "mine.py")
     try:
         result, _ = run(6, 2, trials=14, strategy={"name": "every_nth", "n": 4})
         assert len(result.trials) == 4
@@ -520,9 +514,9 @@ def test_a_strategy_of_ones_own_has_options_like_a_built_in():
         with pytest.raises(ConfigError, match=r"search.strategy.m: unknown option. Options of eve"):
             run(6, 2, trials=14, strategy={"name": "every_nth", "m": 4})
     finally:
-        del STRATEGIES._items["every_nth"]
+        mine = STRATEGIES._items.pop("every_nth")
     with pytest.raises(RegistryError, match="strategy 'greedy' is a short name that comes with"):
-        STRATEGIES.register("greedy")(EveryNth)
+        STRATEGIES.register("greedy")(mine)
 
 
 def test_names_are_checked_without_a_teacher():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -189,10 +190,14 @@ def _names(notes: Mapping[str, str]) -> None:
 
 
 def _strategy_note(name: str) -> str:
-    if name not in SHORT_NAMES:
-        return _first_line(STRATEGIES.get(name))
-    meant = ", ".join(f"{option}: {value}" for option, value in SHORT_NAMES[name].items())
-    return f"Short for {{{meant}}}."
+    def listed(options: Mapping[str, object]) -> str:
+        return ", ".join(f"{option}: {value}" for option, value in options.items())
+
+    if name in SHORT_NAMES:
+        return f"Short for {{{listed(SHORT_NAMES[name])}}}."
+    item = STRATEGIES.get(name)
+    options = listed({f.name: f.default for f in dataclasses.fields(item)})
+    return _first_line(item) + (f" Options: {options}." if options else "")
 
 
 def _first_line(item: type) -> str:

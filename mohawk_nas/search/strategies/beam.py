@@ -15,7 +15,7 @@ from mohawk_nas.search.strategy import STRATEGIES, SearchContext, Selector, at_l
 @STRATEGIES.register("beam")
 @dataclass(frozen=True, kw_only=True)
 class Beam(Selector):
-    """Grows layouts one layer a step and keeps the best ``width`` of each step; 1 is ``greedy``.
+    """Grows layouts one layer a step and keeps the best ``width`` of each step; greedy keeps one.
 
     PostNAS (Jet-Nemotron) and a script that Fast-LLM once had search so in a trained supernet;
     Distill-then-Replace (arXiv 2601.11667) is ``remove`` with a width of 1.
