@@ -23,14 +23,13 @@ class GP(OptunaSampler):
 
     def propose(self, context: SearchContext) -> Proposal | None:
         import optuna
-        from optuna.exceptions import ExperimentalWarning
 
-        # It remarks at every start on an option that is experimental, and on a library that would
-        # make it faster.
+        # It remarks on an option that is experimental, on a library that would make it faster and
+        # on scores that are not finite, which it takes as the worst finite one.
         verbosity = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
-            with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
+            with warnings.catch_warnings(action="ignore"):
                 return super().propose(context)
         finally:
             optuna.logging.set_verbosity(verbosity)
