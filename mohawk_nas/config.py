@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -38,8 +38,11 @@ __all__ = [
     "flatten",
     "load_study",
     "plain",
+    "read_options",
     "study_from_dict",
 ]
+
+T = TypeVar("T")
 
 OBJECTIVES = ("stage2_local", "stage2_cascade", "kl", "recall")
 
@@ -167,12 +170,13 @@ class SearchConfig:
 
     trials: int = 100
     """Distinct layouts to score. A space that is no larger is scored whole."""
-    strategy: str = "tpe"
+    strategy: Any = "tpe"
+    """A strategy's name, or ``{name: NAME, option: value}``; so is each of ``baselines``."""
     objective: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
     """Objective -> weight. A single name stands for itself alone."""
     evaluation: Literal["bank", "per_trial"] = "bank"
     """Assemble trials from the bank, or train each trial's layers anew (the slow reference)."""
-    baselines: list[str] = field(
+    baselines: list[Any] = field(
         default_factory=lambda: [
             "uniform",
             "first",
@@ -183,7 +187,7 @@ class SearchConfig:
             "greedy",
         ]
     )
-    """Selectors whose layouts are scored in the same study."""
+    """Selectors and layouts that are scored in the same study, before the strategy begins."""
     tokens: int = 16384
     """Tokens of the search split on which a layout is scored."""
     batch_size: int | None = None
@@ -359,6 +363,40 @@ def writable(cls: type) -> DictConfig:
     return config
 
 
+def read_options(cls: type[T], options: Mapping[str, Any], *, where: str, owner: str) -> T:
+    """An object of a configuration dataclass, from what the user chose for some of its fields.
+
+    Args:
+        cls: A dataclass whose fields all have defaults; raises ValueError for what cannot be.
+        options: Field -> value.
+        where: Dotted path for messages.
+        owner: What has these options, for messages.
+
+    Raises:
+        ConfigError: Every unknown option and impossible value.
+    """
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    problems = []
+    merged = writable(cls)
+    for name, value in options.items():
+        if name not in known:
+            hint = did_you_mean(str(name), known) or f" Options of {owner}: {known}."
+            problems.append(f"{where}.{name}: unknown option.{hint}")
+            continue
+        try:
+            OmegaConf.update(merged, name, value)
+        except OmegaConfBaseException as e:
+            problems.append(f"{where}.{name}: {str(e).splitlines()[0]}")
+    if problems:
+        raise ConfigError(problems)
+    try:
+        built = OmegaConf.to_object(merged)
+    except (ValueError, OmegaConfBaseException) as e:
+        raise ConfigError(f"{where}: {str(e).splitlines()[0]}") from e
+    assert isinstance(built, cls)
+    return built
+
+
 def dump(config: Any) -> str:
     """YAML text of a configuration dataclass, which :func:`study_from_dict` reads back."""
     text: str = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=100)
@@ -388,8 +426,13 @@ def _normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in raw.items()
     }
     search, space, data = (settings.get(name) for name in ("search", "space", "data"))
-    if isinstance(search, dict) and isinstance(search.get("objective"), str):
-        search["objective"] = {search["objective"]: 1.0}
+    if isinstance(search, dict):
+        if isinstance(search.get("objective"), str):
+            search["objective"] = {search["objective"]: 1.0}
+        if "strategy" in search:
+            search["strategy"] = _choice(search["strategy"])
+        if isinstance(search.get("baselines"), list):
+            search["baselines"] = [_choice(entry) for entry in search["baselines"]]
     distill = settings.get("distill")
     if isinstance(distill, dict) and "from" in distill:
         distill["start"] = distill.pop("from")
@@ -404,6 +447,14 @@ def _normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(data, dict) and isinstance(data.get("source"), str):
         data["source"] = [data["source"]]
     return settings
+
+
+def _choice(entry: object) -> object:
+    # A strategy without options is its name, as it has always stood in studies and their storages;
+    # a layout of one attention layer is a number to YAML.
+    if isinstance(entry, Mapping) and set(entry) == {"name"}:
+        return entry["name"]
+    return str(entry) if type(entry) is int else entry
 
 
 def _locate(settings: dict[str, Any], base: Path) -> None:
@@ -438,7 +489,9 @@ def _assign(settings: dict[str, Any], keys: Sequence[str], value: object) -> Non
     for key in keys[:-1]:
         inner = settings.get(key)
         if not isinstance(inner, dict):
-            inner = settings[key] = {}
+            # A name stands for a mapping that says nothing else, so more may be said.
+            named = key in ("space", "strategy") and isinstance(inner, str)
+            inner = settings[key] = {"name": inner} if named else {}
         settings = inner
     settings[keys[-1]] = value
 
@@ -578,6 +631,13 @@ def _check(study: StudyConfig) -> list[str]:
         "search.storage: must be a database's URL such as sqlite:///study.db, but got "
         f"{search.storage!r}",
     )
+    entries = {f"search.baselines[{i}]": entry for i, entry in enumerate(search.baselines)}
+    for name, entry in {"search.strategy": search.strategy, **entries}.items():
+        chosen = entry.get("name") if isinstance(entry, Mapping) else entry
+        need(
+            isinstance(chosen, str),
+            f"{name}: must be a name or a mapping like {{name: beam, width: 8}}, but got {entry!r}",
+        )
     need(bool(search.objective), "search.objective: must name at least one objective")
     for name, weight in search.objective.items():
         need(

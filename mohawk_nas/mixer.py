@@ -15,13 +15,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from mohawk_nas.config import writable
-from mohawk_nas.errors import ConfigError, MixerError, did_you_mean
+from mohawk_nas.config import read_options
+from mohawk_nas.errors import ConfigError, MixerError
 from mohawk_nas.registry import Registry
 
 __all__ = [
@@ -352,29 +350,9 @@ def mixer_config(choices: Mapping[str, Any], *, where: str = "candidate") -> Mix
     """
     if not isinstance(choices, Mapping) or not isinstance(choices.get("mixer"), str):
         raise ConfigError(f"{where}: a candidate must be a mapping with `mixer: NAME`")
-    cls = MIXERS.get(choices["mixer"])
-    known = [f.name for f in fields(cls)]
-    problems = []
-    merged = writable(cls)
-    for name, value in choices.items():
-        if name == "mixer":
-            continue
-        if name not in known:
-            hint = did_you_mean(name, known) or f" Options of {choices['mixer']}: {known}."
-            problems.append(f"{where}.{name}: unknown option.{hint}")
-            continue
-        try:
-            OmegaConf.update(merged, name, value)
-        except OmegaConfBaseException as e:
-            problems.append(f"{where}.{name}: {str(e).splitlines()[0]}")
-    if problems:
-        raise ConfigError(problems)
-    try:
-        built = OmegaConf.to_object(merged)
-    except (ValueError, OmegaConfBaseException) as e:
-        raise ConfigError(f"{where}: {str(e).splitlines()[0]}") from e
-    assert isinstance(built, MixerConfig)
-    return built
+    name = choices["mixer"]
+    options = {option: value for option, value in choices.items() if option != "mixer"}
+    return read_options(MIXERS.get(name), options, where=where, owner=name)
 
 
 def identity_of(config: MixerConfig) -> dict[str, Any]:

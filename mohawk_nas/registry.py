@@ -14,7 +14,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -32,22 +32,31 @@ class Registry(Generic[T]):
             is imported, which happens when the name is first asked for. Modules whose name begins
             with an underscore are helpers and carry no name.
         entry_points: Entry-point group through which installed packages add names.
+        reserved: Names that mean something else where these names are used.
     """
 
-    def __init__(self, kind: str, *, package: str, entry_points: str) -> None:
+    def __init__(
+        self, kind: str, *, package: str, entry_points: str, reserved: Collection[str] = ()
+    ) -> None:
         self.kind = kind
         self._package = package
         self._group = entry_points
+        self._reserved = frozenset(reserved)
         self._items: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Class decorator that enters the class under ``name``.
 
         Raises:
-            RegistryError: The name is taken by a class from another place.
+            RegistryError: The name is taken by a class from another place, or reserved.
         """
 
         def enter(item: type[T]) -> type[T]:
+            if name in self._reserved:
+                raise RegistryError(
+                    f"{self.kind} {name!r} is a short name that comes with the package; "
+                    f"{_origin(item)} must choose another name"
+                )
             if item.__module__ != f"{self._package}.{name}" and name not in self._items:
                 # A built-in has its name from the start, imported or not.
                 self._load_builtin(name)

@@ -108,6 +108,15 @@ def test_every_problem_is_reported_at_once(tmp_path):
         ("teacher.random_weights=x", "teacher.random_weights: Value 'x' is not a valid bool"),
         ("plugins=a.py", "plugins: must be a list, but got 'a.py'"),
         ("search.baselines=first", "search.baselines: must be a list, but got 'first'"),
+        (
+            "search.baselines=[first, [last]]",
+            "search.baselines[1]: must be a name or a mapping like {name: beam, width: 8}, but got",
+        ),
+        ("search.baselines=[null]", "search.baselines[0]: must be a name or a mapping like {name"),
+        ("search.strategy={width: 3}", "search.strategy: must be a name or a mapping like {name"),
+        ("search.strategy=[tpe]", "search.strategy: must be a name or a mapping like {name: beam"),
+        ("search.strategy=null", "search.strategy: must have a value, but is empty"),
+        ("search.strategy.name=${x}", "search.strategy: values stand for themselves, so '${' must"),
         ("data.source=5", "data.source: must be a list, but got 5"),
         ("data.source=[null]", "data.source[0]: Invalid type assigned: NoneType is not"),
         ("search.objective=[kl]", "search.objective: must be a mapping, but got ['kl']"),
@@ -297,6 +306,19 @@ def test_overrides():
     assert study("data.text_field=[a").data.text_field == "[a"
 
 
+def test_a_strategy_is_a_name_or_a_mapping():
+    assert study().search.strategy == "tpe"
+    slots = {"name": "tpe", "encoding": "slots"}
+    assert study("search.strategy={name: tpe}").search.strategy == "tpe"
+    assert study("search.strategy={name: tpe, encoding: slots}").search.strategy == slots
+    # An option of its own line, whether the name was given in the file or before it.
+    named = study("search.strategy.encoding=slots", search={"strategy": "tpe"})
+    assert named.search.strategy == slots
+    assert study("search.strategy=tpe", "search.strategy.encoding=slots").search == named.search
+    baselines = study("search.baselines=[first, {name: beam, width: 2}, {name: last}, 3]")
+    assert baselines.search.baselines == ["first", {"name": "beam", "width": 2}, "last", "3"]
+
+
 def test_a_section_without_lines_is_as_if_it_were_not_there():
     assert study(search=None, bank={"hidden": None}) == study()
 
@@ -422,7 +444,8 @@ def test_what_is_dumped_reads_back_as_the_same():
         "teacher.overrides={num_hidden_layers: 2, rope: {factor: 1.5}}",
         "bank.hidden.betas=[0.8, 0.9]",
         "bank.hidden.lr=1e-05",
-        "search.baselines=[]",
+        "search.strategy={name: tpe, encoding: slots}",
+        "search.baselines=[first, {name: beam, width: 2}, '1,5', {name: last}, 3]",
         "data.separator=<|über|>",
     )
     text = dump(config)

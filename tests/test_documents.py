@@ -180,7 +180,7 @@ def refuse(content: bytes, name: str, message: str, folder: Path) -> None:
     [
         ("a.txt", b"", "must hold text, but is empty; leave it out"),
         ("a.txt", b" \n", "must hold text, but is empty; leave it out"),
-        ("a.txt.gz", gzip.compress(b""), "must hold text, but is empty; leave it out"),
+        ("a.txt.gz", gzip.compress(b"", mtime=0), "must hold text, but is empty; leave it out"),
         ("a.jsonl", b"\n\n", "must hold text, but no line has any in field 'text'"),
         ("a.jsonl.xz", lzma.compress(b""), "must hold text, but no line has any in field 'text'"),
         ("a.txt", b"ab \xff", "must be text in UTF-8, but is not: .*0xff.*; convert it"),

@@ -30,6 +30,7 @@ SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
 COMMANDS = [
     "search",
     "score",
+    "audit",
     "distill",
     "export",
     "evaluate",
@@ -211,7 +212,7 @@ def test_every_mixer_resolves():
 
 
 def test_every_strategy_resolves():
-    assert {"tpe", "random", "exhaustive", "uniform", "greedy"} <= set(STRATEGIES.names())
+    assert {"tpe", "gp", "random", "exhaustive", "uniform", "beam"} <= set(STRATEGIES.names())
     for name in STRATEGIES.names():
         assert issubclass(STRATEGIES.get(name), Strategy)
         STRATEGIES.get(name)()

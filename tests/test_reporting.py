@@ -12,6 +12,8 @@ from mohawk_nas.reporting import SILENT, progress
 from mohawk_nas.reporting.console import print_placement, print_result
 from mohawk_nas.reporting.html import render_report, write_report
 from mohawk_nas.reporting.progress import ConsoleReporter
+from mohawk_nas.reporting.screen import show_names
+from mohawk_nas.search.strategy import strategy_names
 from mohawk_nas.search.study import run_study
 
 BASELINES = ["uniform", "first", "swap_one", "add_one_in", "greedy", "1,5"]
@@ -195,3 +197,12 @@ def test_silence_has_the_same_interface():
     with SILENT.stage("search", 3, "layout", done=1) as task:
         task.advance(1, tokens=3, loss=0.1)
     SILENT.say("nothing")
+
+
+def test_strategies_are_listed_with_their_options(capsys):
+    show_names("strategies")
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert sorted(lines) == strategy_names()
+    assert lines["greedy"] == "Short for {name: beam, width: 1}."
+    assert lines["beam"].endswith("Options: width: 4, direction: add, swaps: 0.")
+    assert lines["uniform"] == "Every distinct phase of an even spacing."

@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from dataclasses import replace
@@ -14,11 +15,14 @@ import optuna
 import pytest
 from synthetic_search import SyntheticScorer, make
 
-from mohawk_nas.errors import ConfigError, RunError, TrainingError
+from mohawk_nas.config import study_from_dict
+from mohawk_nas.errors import ConfigError, RegistryError, RunError, TrainingError
 from mohawk_nas.layout import ATTENTION
+from mohawk_nas.registry import load_plugin
 from mohawk_nas.reporting import Silent
 from mohawk_nas.search.result import compare, compare_blocks
 from mohawk_nas.search.scoring import Score
+from mohawk_nas.search.strategy import STRATEGIES, build_strategy
 from mohawk_nas.search.study import check_search, load_result, plan_search, run_study, trial_seed
 
 BASELINES = ["uniform", "first", "last", "stage2_rank", "swap_one", "add_one_in", "greedy"]
@@ -184,6 +188,52 @@ def test_memory_and_sqlite_give_the_same_study(tmp_path):
     assert essence(one) == essence(two)
 
 
+class Stopper(SyntheticScorer):
+    """Raises at one call, before or after the score is known."""
+
+    def __init__(self, *args, at, error, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.at, self.error = at, error
+
+    def score(self, layout):
+        if len(self.scored) == self.at:
+            raise self.error
+        return super().score(layout)
+
+
+STRATEGIES_OF_STUDIES = [
+    "tpe",
+    "random",
+    {"name": "tpe", "encoding": "slots"},
+    {"name": "gp", "encoding": "bits"},
+    "surrogate",
+    {"name": "surrogate", "model": "additive", "explore": "none"},
+    {"name": "beam", "width": 3, "swaps": 2},
+]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES_OF_STUDIES, ids=str)
+def test_a_study_stopped_at_any_point_goes_on_as_if_unbroken(tmp_path, strategy):
+    label = build_strategy(strategy).label
+    # A beam would find what greedy has found.
+    baselines = ["uniform", *([] if "beam" in label else [{"name": "greedy", "swaps": 2}])]
+    options = {"trials": 22, "strategy": strategy, "baselines": baselines}
+    unbroken, whole = run(8, 3, **options)
+    assert label in {trial.proposed_by.partition(":")[0] for trial in unbroken.trials}
+    at, stops = 0, 0
+    while True:
+        # Every fifth layout ends the run, among baselines, probes and proposals.
+        scorer = Stopper(8, pairs=1.0, at=5, error=KeyboardInterrupt())
+        try:
+            result, _ = run(8, 3, scorer=scorer, run_dir=tmp_path, **options)
+            break
+        except KeyboardInterrupt:
+            at, stops = at + len(scorer.scored), stops + 1
+    assert essence(result) == essence(unbroken)
+    assert stops == at / 5 >= 6
+    assert at + len(scorer.scored) == len(whole.scored), "nothing is scored twice"
+
+
 @pytest.mark.parametrize("strategy", ["tpe", "random"])
 def test_raising_the_trials_goes_on_as_if_they_had_been_there_at_once(tmp_path, strategy):
     options = {"baselines": ["uniform", "greedy"], "strategy": strategy}
@@ -203,19 +253,6 @@ def test_an_ended_study_run_again_scores_nothing(tmp_path):
     again, scorer = run(8, 2, **options)
     assert essence(first) == essence(again)
     assert not scorer.scored
-
-
-class Stopper(SyntheticScorer):
-    """Raises at one call, before or after the score is known."""
-
-    def __init__(self, *args, at, error, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.at, self.error = at, error
-
-    def score(self, layout):
-        if len(self.scored) == self.at:
-            raise self.error
-        return super().score(layout)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("no memory")])
@@ -388,6 +425,98 @@ def test_what_a_study_cannot_do_is_said_before_anything_is_scored(search, messag
     with pytest.raises(ConfigError, match=message):
         run(8, 2, scorer=scorer, **search)
     assert not scorer.scored
+
+
+@pytest.mark.parametrize(
+    ("search", "problems"),
+    [
+        (
+            {
+                "strategy": {"name": "surrogate", "modle": "additive", "design": "many"},
+                "baselines": [
+                    "first",
+                    {"name": "beam", "width": 0},
+                    {"name": "greedy", "direction": "up", "swap": 1},
+                    {"name": "greedy", "width": 4},
+                    {"name": "uniform", "width": 4},
+                    {"name": "bem"},
+                    {"name": "tpe", "encoding": "slots"},
+                ],
+            },
+            [
+                "search.strategy.modle: unknown option. Did you mean 'model'?",
+                "search.strategy.design: Value 'many' of type 'str' could not be converted",
+                "search.baselines[1]: `width >= 1` must hold, but got 0",
+                "search.baselines[2].direction: Invalid value 'up', expected one of ['add', 'rem",
+                "search.baselines[2].swap: unknown option. Did you mean 'swaps'?",
+                "search.baselines[3].width: 'greedy' is short for {'name': 'beam', 'width': 1}, so",
+                "search.baselines[4].width: unknown option. Options of uniform: []",
+                "search.baselines[5]: unknown strategy 'bem'; available: add_one_in, beam, ",
+                "search.baselines[6]: 'tpe(encoding=slots)' proposes layouts one by one",
+            ],
+        ),
+        (
+            {"strategy": {"name": "surrogate", "design": 1}},
+            ["search.strategy: `design >= 2` must hold, but got 1"],
+        ),
+    ],
+)
+def test_every_problem_of_options_is_told_at_once(search, problems):
+    config, space, budget = make(8, 2, **search)
+    found = check_search(config.search, space=space, budget=budget)
+    assert found == check_search(config.search), "none of it needs a teacher"
+    for problem, start in zip(found, problems, strict=True):
+        assert problem.startswith(start)
+
+
+def test_labels_tell_selectors_with_other_options_apart():
+    baselines = [
+        "greedy",
+        {"name": "beam", "width": 1},
+        {"name": "beam", "width": 2},
+        {"name": "greedy", "swaps": 3},
+        {"name": "ranking", "score": "add_one_in"},
+        "add_one_in",
+    ]
+    config, space, budget = make(8, 2, baselines=baselines, trials=12)
+    labels = ["greedy", "beam(width=2)", "greedy(swaps=3)", "add_one_in"]
+    result, _ = run(8, 2, baselines=baselines, trials=12)
+    assert list(result.baselines) == labels == list(result.asked)
+    assert list(plan_search(config.search, space, budget).probes) == labels
+    assert {probe.charged_to for probe in result.probes} == {"greedy", *labels[1:3]}
+    # Whatever it is called, the answer is no worse than any of them.
+    assert result.best.value <= min(result.by_layout[x].value for x in result.baselines.values())
+
+
+def test_a_study_goes_on_whichever_way_its_names_are_written(tmp_path):
+    """A study from before strategies had options holds plain names in its settings."""
+    raw = {"name": "x", "data": {"source": "a"}, "budget": {"attention_layers": 2}}
+    raw |= {"teacher": {"source": "b"}}
+    plain = {"strategy": "random", "baselines": ["first", "1"]}
+    spelled = {"strategy": {"name": "random"}, "baselines": [{"name": "first"}, 1]}
+    one, two = (study_from_dict(raw | {"search": search}) for search in (plain, spelled))
+    assert one == two and one.search.strategy == "random"
+    assert one.search.baselines == ["first", "1"]
+    run(8, 2, trials=4, run_dir=tmp_path, strategy={"name": "tpe", "encoding": "bits"})
+    with pytest.raises(RunError, match=r"strategy was {'name': 'tpe', 'encoding': 'bits'} and is "):
+        run(8, 2, trials=4, run_dir=tmp_path, strategy="tpe")
+
+
+def test_the_readmes_strategy_has_options_like_a_built_in(tmp_path):
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "every_nth" in c)
+    (tmp_path / "mine.py").write_text(code)
+    load_plugin(tmp_path / "mine.py")
+    try:
+        result, _ = run(6, 2, trials=14, strategy={"name": "every_nth", "n": 4})
+        assert len(result.trials) == 4
+        assert {trial.proposed_by for trial in result.trials} == {"every_nth(n=4)"}
+        with pytest.raises(ConfigError, match=r"search.strategy.m: unknown option. Options of eve"):
+            run(6, 2, trials=14, strategy={"name": "every_nth", "m": 4})
+    finally:
+        mine = STRATEGIES._items.pop("every_nth")
+    with pytest.raises(RegistryError, match="strategy 'greedy' is a short name that comes with"):
+        STRATEGIES.register("greedy")(mine)
 
 
 def test_names_are_checked_without_a_teacher():

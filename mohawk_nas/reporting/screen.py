@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from mohawk_nas.reporting.text import MOST_TIES, OBJECTIVE_NOTES, layers
 from mohawk_nas.search.result import Placement, StudyResult, compare_blocks
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import space_names
-from mohawk_nas.search.strategy import STRATEGIES
+from mohawk_nas.search.strategy import SHORT_NAMES, STRATEGIES, strategy_names
 
 __all__ = [
     "reporter",
@@ -225,7 +226,7 @@ def show_names(what: str) -> None:
     elif what == "spaces":
         _names(dict.fromkeys(space_names(), ""))
     elif what == "strategies":
-        _names({name: _first_line(STRATEGIES.get(name)) for name in STRATEGIES.names()})
+        _names({name: _strategy_note(name) for name in strategy_names()})
     else:
         _names({name: OBJECTIVE_NOTES[name] for name in OBJECTIVES})
 
@@ -233,6 +234,17 @@ def show_names(what: str) -> None:
 def _names(notes: Mapping[str, str]) -> None:
     for name, note in notes.items():
         _say(f"{name:<16} {note}".rstrip())
+
+
+def _strategy_note(name: str) -> str:
+    def listed(options: Mapping[str, object]) -> str:
+        return ", ".join(f"{option}: {value}" for option, value in options.items())
+
+    if name in SHORT_NAMES:
+        return f"Short for {{{listed(SHORT_NAMES[name])}}}."
+    item = STRATEGIES.get(name)
+    options = listed({f.name: f.default for f in dataclasses.fields(item)})
+    return _first_line(item) + (f" Options: {options}." if options else "")
 
 
 def _first_line(item: type) -> str:

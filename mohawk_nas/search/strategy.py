@@ -2,7 +2,8 @@
 
 A strategy proposes one layout at a time, knowing what has been scored so far. A selector is a
 strategy that names all its layouts at once, from rules or from probes; every selector can also be
-entered as a baseline of a study. Both are registered under the stem of their file in
+entered as a baseline of a study. Both are frozen dataclasses whose fields are the options that a
+study may give them, ``{name: beam, width: 8}``. They are registered under the stem of their file in
 ``strategies/``; a third party's takes part through an entry point or the study's ``plugins``.
 """
 
@@ -11,9 +12,12 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
+from mohawk_nas.config import read_options
+from mohawk_nas.errors import ConfigError, did_you_mean
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.registry import Registry
 from mohawk_nas.search.budget import Budget
@@ -21,14 +25,18 @@ from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import SearchSpace
 
 __all__ = [
+    "SHORT_NAMES",
     "STRATEGIES",
     "Proposal",
     "SearchContext",
     "Selector",
     "Strategy",
+    "at_least",
+    "build_strategy",
     "local_replacement",
     "random_unseen",
     "solve_local",
+    "strategy_names",
 ]
 
 
@@ -100,8 +108,29 @@ class SearchContext:
         return local_replacement(self.space, self.stage2_losses(), layer)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Strategy(ABC):
-    """Chooses layouts, one after the other. Keeps nothing between two calls."""
+    """Chooses layouts, one after the other. Keeps nothing between two calls.
+
+    Subclasses that have options are frozen keyword-only dataclasses and give each a default;
+    ``__post_init__`` raises ValueError for values that cannot be.
+    """
+
+    @property
+    def label(self) -> str:
+        """Name and the options that are not as they come, ``beam(width=8)``, in every record."""
+        name, chosen = STRATEGIES.name_of(type(self)), self._chosen()
+        for short, meant in SHORT_NAMES.items():
+            fixed = {option: value for option, value in meant.items() if option != "name"}
+            if meant["name"] == name and fixed.items() <= vars(self).items():
+                name = short
+                chosen = {option: value for option, value in chosen.items() if option not in fixed}
+        told = ", ".join(f"{option}={value}" for option, value in chosen.items())
+        return f"{name}({told})" if told else name
+
+    def _chosen(self) -> dict[str, Any]:
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
 
     @abstractmethod
     def propose(self, context: SearchContext) -> Proposal | None:
@@ -113,14 +142,14 @@ class Selector(Strategy):
 
     @abstractmethod
     def layouts(self, context: SearchContext) -> list[tuple[str, Layout]]:
-        """Labelled layouts on the budget; a label is unique and starts with the selector's name.
+        """Labelled layouts on the budget; a label is unique and starts with the selector's own.
 
         Called again when a study resumes, and then its probes cost nothing. It must not look at
         the finished trials.
         """
 
     def num_probes(self, space: SearchSpace, budget: Budget) -> int:
-        """Layouts that :meth:`layouts` will look at by probes, for planning."""
+        """Layouts that :meth:`layouts` will look at by probes, at most; for planning."""
         return 0
 
     def propose(self, context: SearchContext) -> Proposal | None:
@@ -130,9 +159,65 @@ class Selector(Strategy):
         return None
 
 
+SHORT_NAMES: Mapping[str, Mapping[str, Any]] = {
+    "first": {"name": "block", "at": "first"},
+    "middle": {"name": "block", "at": "middle"},
+    "last": {"name": "block", "at": "last"},
+    "stage2_rank": {"name": "ranking", "score": "stage2"},
+    "swap_one": {"name": "ranking", "score": "swap_one"},
+    "add_one_in": {"name": "ranking", "score": "add_one_in"},
+    "greedy": {"name": "beam", "width": 1},
+}
+"""Short name -> the strategy and the options it stands for; further options may be given to it."""
+
 STRATEGIES: Registry[Strategy] = Registry(
-    "strategy", package="mohawk_nas.search.strategies", entry_points="mohawk_nas.strategies"
+    "strategy",
+    package="mohawk_nas.search.strategies",
+    entry_points="mohawk_nas.strategies",
+    reserved=SHORT_NAMES,
 )
+
+
+def at_least(least: float, **options: float) -> None:
+    """Raise ValueError for the first option that is below ``least``."""
+    for name, value in options.items():
+        if not value >= least:
+            raise ValueError(f"`{name} >= {least}` must hold, but got {value}")
+
+
+def strategy_names() -> list[str]:
+    """Every name that a study may use, short ones included, sorted."""
+    return sorted({*STRATEGIES.names(), *SHORT_NAMES})
+
+
+def build_strategy(choice: str | Mapping[str, Any], *, where: str = "strategy") -> Strategy:
+    """The strategy that a name or ``{"name": NAME, option: value}`` describes.
+
+    Args:
+        choice: What stands in the YAML file.
+        where: Dotted path for messages.
+
+    Raises:
+        ConfigError: There is no such strategy, or every unknown option and impossible value.
+    """
+    options = {"name": choice} if isinstance(choice, str) else dict(choice)
+    name, known = options.pop("name", None), strategy_names()
+    if name not in known:
+        raise ConfigError(
+            f"{where}: unknown strategy {name!r}; available: {', '.join(known)}."
+            f"{did_you_mean(str(name), known)}"
+        )
+    meant = dict(SHORT_NAMES.get(name, {"name": name}))
+    cls = STRATEGIES.get(meant.pop("name"))
+    if fixed := [option for option in options if option in meant]:
+        raise ConfigError(
+            [
+                f"{where}.{option}: {name!r} is short for {dict(SHORT_NAMES[name])}, so this must "
+                f"not be given; name {SHORT_NAMES[name]['name']!r} to choose it"
+                for option in fixed
+            ]
+        )
+    return read_options(cls, meant | options, where=where, owner=name)
 
 
 def random_unseen(

@@ -25,12 +25,13 @@ from mohawk_nas.search.result import StudyResult
 from mohawk_nas.search.scoring import Score, Scorer
 from mohawk_nas.search.space import SearchSpace
 from mohawk_nas.search.strategy import (
-    STRATEGIES,
     Proposal,
     SearchContext,
     Selector,
     Strategy,
+    build_strategy,
     solve_local,
+    strategy_names,
 )
 
 __all__ = ["SearchPlan", "check_search", "load_result", "plan_search", "run_study", "trial_seed"]
@@ -65,22 +66,26 @@ def check_search(
         budget: Goes with ``space``.
     """
     problems = []
-    known = STRATEGIES.names()
-    if config.strategy not in known:
-        problems.append(
-            f"search.strategy: unknown strategy {config.strategy!r}; available: "
-            f"{', '.join(known)}.{did_you_mean(config.strategy, known)}"
-        )
+    known = strategy_names()
+    try:
+        build_strategy(config.strategy, where="search.strategy")
+    except ConfigError as e:
+        problems += e.problems
     if space and budget:
         problems += budget.problems(space)
     for i, entry in enumerate(config.baselines):
         where = f"search.baselines[{i}]"
-        if entry in known:
-            if not issubclass(STRATEGIES.get(entry), Selector):
-                problems.append(
-                    f"{where}: {entry!r} proposes layouts one by one and has none of its own to "
-                    "compare with; name it as search.strategy instead"
-                )
+        if not isinstance(entry, str) or entry in known:
+            try:
+                selector = build_strategy(entry, where=where)
+            except ConfigError as e:
+                problems += e.problems
+            else:
+                if not isinstance(selector, Selector):
+                    problems.append(
+                        f"{where}: {selector.label!r} proposes layouts one by one and has none of "
+                        "its own to compare with; name it as search.strategy instead"
+                    )
         elif not _looks_like_layout(entry):
             problems.append(
                 f"{where}: {entry!r} must be a selector ({', '.join(known)}) or a layout like "
@@ -99,12 +104,9 @@ def plan_search(config: SearchConfig, space: SearchSpace, budget: Budget) -> Sea
     possible = budget.count(space)
     solved = _is_solved(config)
     probes = {}
-    for entry in config.baselines:
-        if entry in STRATEGIES.names():
-            selector = STRATEGIES.get(entry)()
-            assert isinstance(selector, Selector)
-            if count := selector.num_probes(space, budget):
-                probes[entry] = count
+    for label, selector in _baselines(config).items():
+        if selector and (count := selector.num_probes(space, budget)):
+            probes[label] = count
     return SearchPlan(
         possible=possible,
         trials=min(possible, config.trials),
@@ -194,7 +196,7 @@ class _Study:
 
     def run_baselines(self) -> None:
         """Score every baseline's layouts, each label once."""
-        trials, entries = self._ledger.trials, list(dict.fromkeys(self._config.search.baselines))
+        trials, entries = self._ledger.trials, _baselines(self._config.search)
         if trials:
             self._reporter.say(f"continuing: {len(trials)} layouts are scored already")
         if not entries:
@@ -202,9 +204,9 @@ class _Study:
         named: dict[str, list[str]] = {}
         asked: dict[str, int] = {}
         with self._reporter.stage("baselines", total=None, unit="layout") as task:
-            for entry in entries:
+            for entry, selector in entries.items():
                 looked: set[Layout] = set()
-                for label, layout in self._baseline(entry, looked, task):
+                for label, layout in self._baseline(entry, selector, looked, task):
                     self._space.check(layout)
                     self._budget.check(layout)
                     named[label] = list(layout.candidates)
@@ -227,22 +229,21 @@ class _Study:
         if _is_solved(search):
             self._solve()
             return
-        name = search.strategy
+        strategy = build_strategy(search.strategy)
         if possible <= search.trials:
             self._reporter.say(
                 f"{possible} layouts meet the budget, no more than search.trials = "
                 f"{search.trials}: every one of them is scored"
             )
-            name = "exhaustive"
+            strategy = build_strategy("exhaustive")
         total = min(possible, search.trials)
         if len(trials) >= total:
             return
-        strategy = STRATEGIES.get(name)()
         with self._reporter.stage("search", total=total, unit="layout", done=len(trials)) as task:
             while len(trials) < total:
-                proposal = self._propose(name, strategy, task)
+                proposal = self._propose(strategy, task)
                 if proposal is None:
-                    self._reporter.say(f"{name} has nothing left to propose")
+                    self._reporter.say(f"{strategy.label} has nothing left to propose")
                     break
                 self._trial(proposal, task)
 
@@ -255,21 +256,21 @@ class _Study:
             with self._reporter.stage("search", total=1, unit="layout") as task:
                 self._trial(Proposal(layout=layout, proposed_by="exact"), task)
 
-    def _baseline(self, entry: str, looked: set[Layout], task: Task) -> list[tuple[str, Layout]]:
-        if entry not in STRATEGIES.names():
+    def _baseline(
+        self, entry: str, selector: Selector | None, looked: set[Layout], task: Task
+    ) -> list[tuple[str, Layout]]:
+        if selector is None:
             return [(entry, self._space.parse(entry))]
-        selector = STRATEGIES.get(entry)()
-        assert isinstance(selector, Selector)
         return selector.layouts(self._context(entry, looked, task))
 
-    def _propose(self, name: str, strategy: Strategy, task: Task) -> Proposal | None:
-        proposal = strategy.propose(self._context(name, set(), task))
+    def _propose(self, strategy: Strategy, task: Task) -> Proposal | None:
+        proposal = strategy.propose(self._context(strategy.label, set(), task))
         if proposal is not None:
             self._space.check(proposal.layout)
             self._budget.check(proposal.layout)
             if any(trial.layout == proposal.layout for trial in self._ledger.trials):
                 raise RegistryError(
-                    f"strategy {name!r} proposed a layout that is scored already: "
+                    f"strategy {strategy.label!r} proposed a layout that is scored already: "
                     f"{proposal.layout.strip(self._space.symbols)}"
                 )
         return proposal
@@ -360,6 +361,20 @@ def _result(config: StudyConfig, space: SearchSpace, budget: Budget, ledger: Led
         asked=notes.get("asked", {}),
         solved=_is_solved(config.search),
     )
+
+
+def _baselines(config: SearchConfig) -> dict[str, Selector | None]:
+    # Label -> selector, each once; None where a layout is named.
+    found: dict[str, Selector | None] = {}
+    known = strategy_names()
+    for entry in config.baselines:
+        if isinstance(entry, str) and entry not in known:
+            found[entry] = None
+        else:
+            selector = build_strategy(entry)
+            assert isinstance(selector, Selector)
+            found[selector.label] = selector
+    return found
 
 
 def _is_solved(config: SearchConfig) -> bool:

@@ -40,7 +40,12 @@ from mohawk_nas.recall import recall
 from mohawk_nas.reporting import screen
 from mohawk_nas.runs import provenance
 from mohawk_nas.search.objectives import BankScorer
-from mohawk_nas.search.strategy import STRATEGIES, SearchContext, Selector
+from mohawk_nas.search.strategy import (
+    SearchContext,
+    Selector,
+    build_strategy,
+    strategy_names,
+)
 
 DIGITS = 6
 """Of the figures in the table."""
@@ -212,12 +217,12 @@ def picks(bench: Workbench, scorer: BankScorer) -> Iterator[tuple[str, Layout]]:
         stage2_losses=scorer.stage2_losses,
     )
     for entry in bench.config.search.baselines:
-        if entry in STRATEGIES.names():
-            selector = STRATEGIES.get(entry)()
-            assert isinstance(selector, Selector)
-            yield from selector.layouts(context)
-        else:
+        if isinstance(entry, str) and entry not in strategy_names():
             yield entry, bench.space.parse(entry)
+            continue
+        selector = build_strategy(entry)
+        assert isinstance(selector, Selector)
+        yield from selector.layouts(context)
 
 
 def distil(

@@ -12,5 +12,5 @@ class Exhaustive(Strategy):
     def propose(self, context: SearchContext) -> Proposal | None:
         for layout in context.budget.enumerate(context.space):
             if layout not in context.seen:
-                return Proposal(layout=layout, proposed_by="exhaustive")
+                return Proposal(layout=layout, proposed_by=self.label)
         return None

@@ -20,4 +20,4 @@ class RandomSearch(Strategy):
     def propose(self, context: SearchContext) -> Proposal | None:
         rng = random.Random(context.seed)
         layout = random_unseen(context.space, context.budget, context.seen, rng)
-        return None if layout is None else Proposal(layout=layout, proposed_by="random")
+        return None if layout is None else Proposal(layout=layout, proposed_by=self.label)

@@ -1,0 +1,260 @@
+"""What Optuna's samplers share: encodings of layouts that always meet the budget."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.search.space import SearchSpace
+from mohawk_nas.search.strategy import Proposal, SearchContext, Strategy, random_unseen
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
+NUM_STARTUP = 5
+"""Layouts drawn at random before a sampler has something to go by."""
+NUM_TRIES = 8
+"""Samples that are known with all their neighbours, after which one is drawn at random instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptunaSampler(Strategy):
+    """One of Optuna's samplers on parameters from which every sample gives a layout on the budget.
+
+    Optuna samples in a scratch study that is built anew from the finished trials for each proposal,
+    so the study itself never sees a wasted or repeated trial. Where a layout comes up again, the
+    one swap that the sampled parameters regret least takes its place: late in a search most samples
+    are known, and sampling on costs more than scoring does.
+    """
+
+    encoding: Literal["priority", "slots", "bits"] = "priority"
+    """``priority``: a number from 0 to 1 a free layer, the K highest keep attention. ``slots``: K
+    sorted integers, the i-th is the place of the i-th attention layer less i. ``bits``: 0 or 1 a
+    free layer; where these are not K, the layers that are kept most often in the best quarter of
+    the trials fill in or stay."""
+
+    needs_all: ClassVar[bool] = False
+    """Whether each known trial must have every parameter, also one that its layout does not use."""
+
+    @abstractmethod
+    def sampler(self, seed: int) -> BaseSampler:
+        """A fresh sampler."""
+
+    def propose(self, context: SearchContext) -> Proposal | None:
+        space, known = context.space, dict(context.finished)
+        if len(context.seen) >= context.budget.count(space):
+            return None
+        if len(context.seen) >= NUM_STARTUP:
+            import optuna
+
+            encoding = _ENCODINGS[self.encoding](context)
+            distributions = _distributions(encoding, space)
+            study = self._scratch_study(context, encoding, distributions)
+            for _ in range(NUM_TRIES):
+                trial = study.ask(distributions)
+                worth = encoding.worth(trial.params)
+                layout = _decode(worth, trial.params, context)
+                near = _nearest_unseen(layout, worth, trial.params, space=space, seen=context.seen)
+                if near is not None:
+                    return Proposal(layout=near, proposed_by=self.label)
+                if layout in known:
+                    study.tell(trial, known[layout])
+                else:
+                    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        way = "startup" if len(context.seen) < NUM_STARTUP else "fallback"
+        rng = random.Random(context.seed)
+        drawn = random_unseen(space, context.budget, context.seen, rng)
+        return None if drawn is None else Proposal(layout=drawn, proposed_by=f"{self.label}:{way}")
+
+    def _scratch_study(
+        self, context: SearchContext, encoding: _Encoding, distributions: Mapping[str, Any]
+    ) -> Any:
+        import optuna
+        from optuna.trial import TrialState, create_trial
+
+        study = optuna.create_study(sampler=self.sampler(context.seed))
+        space = context.space
+        for layout, value in [*context.finished, *((layout, None) for layout in context.pending)]:
+            params = encoding.params(layout)
+            for layer in space.free_layers if len(space.replacements) > 1 else ():
+                if layout[layer] != ATTENTION:
+                    params[_replacement(layer)] = layout[layer]
+                elif self.needs_all:
+                    params[_replacement(layer)] = space.replacements[0]
+            present = {name: distributions[name] for name in params}
+            state = TrialState.RUNNING if value is None else TrialState.COMPLETE
+            study.add_trial(
+                create_trial(state=state, value=value, params=params, distributions=present)
+            )
+        return study
+
+
+class _Encoding(ABC):
+    """How the set of layers that keep attention becomes an Optuna trial's parameters, and back."""
+
+    def __init__(self, context: SearchContext) -> None:
+        self.free = context.space.free_layers
+        self.num_kept = context.num_kept
+
+    @abstractmethod
+    def distributions(self) -> dict[str, Any]:
+        """Parameter -> Optuna distribution."""
+
+    @abstractmethod
+    def params(self, layout: Layout) -> dict[str, Any]:
+        """The parameters that stand for a known layout."""
+
+    @abstractmethod
+    def worth(self, params: Mapping[str, Any]) -> dict[int, float]:
+        """Free layer -> how much the parameters want attention there; the K highest keep it."""
+
+
+class _Priority(_Encoding):
+    def distributions(self) -> dict[str, Any]:
+        from optuna.distributions import FloatDistribution
+
+        # One object for all layers: Optuna copies the distributions of every trial it is given.
+        return dict.fromkeys(map(_priority, self.free), FloatDistribution(0.0, 1.0))
+
+    def params(self, layout: Layout) -> dict[str, Any]:
+        # A uniform prior keeps attention in a layer whose priority is among the highest share of
+        # them, so a known layout stands at the middle of the part of the interval that leads to it.
+        share = self.num_kept / len(self.free)
+        return {
+            _priority(layer): 1 - share / 2 if layout[layer] == ATTENTION else (1 - share) / 2
+            for layer in self.free
+        }
+
+    def worth(self, params: Mapping[str, Any]) -> dict[int, float]:
+        return {layer: params[_priority(layer)] for layer in self.free}
+
+
+class _Slots(_Encoding):
+    # Sorted integers with repetition, each with its index added, are all sets of K places, each
+    # set once.
+    def distributions(self) -> dict[str, Any]:
+        from optuna.distributions import IntDistribution
+
+        slot = IntDistribution(0, len(self.free) - self.num_kept)
+        return {_slot(i): slot for i in range(self.num_kept)}
+
+    def params(self, layout: Layout) -> dict[str, Any]:
+        places = [i for i, layer in enumerate(self.free) if layout[layer] == ATTENTION]
+        return {_slot(i): place - i for i, place in enumerate(places)}
+
+    def worth(self, params: Mapping[str, Any]) -> dict[int, float]:
+        slots = sorted(params[_slot(i)] for i in range(self.num_kept))
+        places = [slot + i for i, slot in enumerate(slots)]
+        # The farther from the nearest place that is taken, the less.
+        return {
+            layer: -float(min((abs(i - place) for place in places), default=0))
+            for i, layer in enumerate(self.free)
+        }
+
+
+class _Bits(_Encoding):
+    def __init__(self, context: SearchContext) -> None:
+        super().__init__(context)
+        ranked = [layout for layout, _ in sorted(context.finished, key=lambda pair: pair[1])]
+        best = ranked[: max(1, len(ranked) // 4)]
+        self._share = {
+            layer: sum(layout[layer] == ATTENTION for layout in best) / (len(best) + 1)
+            for layer in self.free
+        }
+
+    def distributions(self) -> dict[str, Any]:
+        from optuna.distributions import IntDistribution
+
+        return dict.fromkeys(map(_bit, self.free), IntDistribution(0, 1))
+
+    def params(self, layout: Layout) -> dict[str, Any]:
+        return {_bit(layer): int(layout[layer] == ATTENTION) for layer in self.free}
+
+    def worth(self, params: Mapping[str, Any]) -> dict[int, float]:
+        # Shares are below 1, so they only decide between layers of the same bit.
+        return {layer: params[_bit(layer)] + self._share[layer] for layer in self.free}
+
+
+_ENCODINGS: Mapping[str, type[_Encoding]] = {
+    "priority": _Priority,
+    "slots": _Slots,
+    "bits": _Bits,
+}
+
+
+def _distributions(encoding: _Encoding, space: SearchSpace) -> dict[str, Any]:
+    from optuna.distributions import CategoricalDistribution
+
+    found = encoding.distributions()
+    if len(space.replacements) > 1:
+        replacement = CategoricalDistribution(space.replacements)
+        found |= {_replacement(layer): replacement for layer in space.free_layers}
+    return found
+
+
+def _decode(
+    worth: Mapping[int, float], params: Mapping[str, Any], context: SearchContext
+) -> Layout:
+    space = context.space
+    ranked = sorted(space.free_layers, key=lambda layer: (-worth[layer], layer))
+    return space.fill(
+        {
+            layer: ATTENTION
+            if place < context.num_kept
+            else params.get(_replacement(layer), space.replacements[0])
+            for place, layer in enumerate(ranked)
+        }
+    )
+
+
+def _nearest_unseen(
+    layout: Layout,
+    worth: Mapping[int, float],
+    params: Mapping[str, Any],
+    *,
+    space: SearchSpace,
+    seen: Collection[Layout],
+) -> Layout | None:
+    """The layout itself, or its unseen neighbour whose swap costs the least worth.
+
+    After the swaps come other replacements of one layer.
+    """
+    if layout not in seen:
+        return layout
+    free = set(space.free_layers)
+    kept = [layer for layer in layout.attention_layers if layer in free]
+    replaced = [layer for layer in layout.replaced_layers if layer in free]
+    swaps = [(worth[out] - worth[into], out, into) for out in kept for into in replaced]
+    for _, out, into in sorted(swaps):
+        candidates = list(layout.candidates)
+        candidates[into] = ATTENTION
+        candidates[out] = params.get(_replacement(out), space.replacements[0])
+        neighbour = Layout(tuple(candidates))
+        if neighbour not in seen:
+            return neighbour
+    for layer in replaced:
+        for other in space.replacements:
+            neighbour = layout.with_candidate(layer, other)
+            if neighbour not in seen:
+                return neighbour
+    return None
+
+
+def _priority(layer: int) -> str:
+    return f"layer_{layer:03d}.priority"
+
+
+def _slot(index: int) -> str:
+    return f"slot_{index:03d}"
+
+
+def _bit(layer: int) -> str:
+    return f"layer_{layer:03d}.attention"
+
+
+def _replacement(layer: int) -> str:
+    return f"layer_{layer:03d}.replacement"

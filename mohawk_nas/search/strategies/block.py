@@ -1,0 +1,23 @@
+"""Attention in neighbouring layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mohawk_nas.layout import Layout
+from mohawk_nas.search.strategy import STRATEGIES, SearchContext, Selector
+
+
+@STRATEGIES.register("block")
+@dataclass(frozen=True, kw_only=True)
+class Block(Selector):
+    """Keeps attention in neighbours among the free layers: the first, the middle or the last."""
+
+    at: Literal["first", "middle", "last"] = "middle"
+
+    def layouts(self, context: SearchContext) -> list[tuple[str, Layout]]:
+        free, kept = context.space.free_layers, context.num_kept
+        spare = len(free) - kept
+        start = {"first": 0, "middle": spare // 2, "last": spare}[self.at]
+        return [(self.label, context.keeping(free[start : start + kept]))]
