@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.registry import Registry
@@ -30,6 +31,9 @@ __all__ = [
     "random_unseen",
     "solve_local",
 ]
+
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +65,9 @@ class SearchContext:
     what had to be scored is kept apart from the trials and charged to the strategy."""
     stage2_losses: Callable[[], Mapping[tuple[int, str], float]]
     """(layer, candidate) -> relative stage-2 distance on the search split."""
+    prepare: Callable[[Sequence[Layout]], None] = lambda layouts: None
+    """Says which layouts will be probed next, whatever they score, so that several workers can
+    share them. Probes may come without it; they are then scored one after the other."""
 
     @cached_property
     def seen(self) -> frozenset[Layout]:
@@ -75,6 +82,11 @@ class SearchContext:
     def value(self, layout: Layout) -> float:
         """The study's objective for any layout, by a probe."""
         return self.probe(layout).value(self.weights)
+
+    def values(self, layouts: Mapping[K, Layout]) -> dict[K, float]:
+        """The same for several layouts at once, which several workers share."""
+        self.prepare(list(layouts.values()))
+        return {key: self.value(layout) for key, layout in layouts.items()}
 
     def keeping(self, layers: Iterable[int]) -> Layout:
         """Attention in these free layers, the replacement that suits a layer best in the others.

@@ -16,9 +16,9 @@ class AddOneIn(Selector):
     """
 
     def layouts(self, context: SearchContext) -> list[tuple[str, Layout]]:
-        value = {
-            layer: context.value(context.keeping([layer])) for layer in context.space.free_layers
-        }
+        value = context.values(
+            {layer: context.keeping([layer]) for layer in context.space.free_layers}
+        )
         return [("add_one_in", context.keep_top({layer: -v for layer, v in value.items()}))]
 
     def num_probes(self, space: SearchSpace, budget: Budget) -> int:

@@ -20,7 +20,8 @@ class Greedy(Selector):
         kept: list[int] = []
         for _ in range(context.num_kept):
             rest = [layer for layer in context.space.free_layers if layer not in kept]
-            kept.append(min(rest, key=lambda layer: context.value(context.keeping([*kept, layer]))))
+            value = context.values({layer: context.keeping([*kept, layer]) for layer in rest})
+            kept.append(min(rest, key=value.__getitem__))
         return [("greedy", context.keeping(kept))]
 
     def num_probes(self, space: SearchSpace, budget: Budget) -> int:

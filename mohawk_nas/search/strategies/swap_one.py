@@ -17,10 +17,9 @@ class SwapOne(Selector):
 
     def layouts(self, context: SearchContext) -> list[tuple[str, Layout]]:
         free = context.space.free_layers
-        harm = {
-            layer: context.value(context.keeping(other for other in free if other != layer))
-            for layer in free
-        }
+        harm = context.values(
+            {layer: context.keeping(other for other in free if other != layer) for layer in free}
+        )
         return [("swap_one", context.keep_top(harm))]
 
     def num_probes(self, space: SearchSpace, budget: Budget) -> int:
