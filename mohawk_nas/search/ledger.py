@@ -100,6 +100,11 @@ class Ledger:
         """Whether no other process can be at this study."""
         return self._leases.alone
 
+    @property
+    def symbols(self) -> Mapping[str, str]:
+        """Candidate -> its letter in a layout's strip."""
+        return self._space.symbols
+
     def refresh(self) -> None:
         """Take in what others have done since the last look."""
         if not self._leases.alone:

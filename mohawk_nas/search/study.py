@@ -14,23 +14,22 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mohawk_nas.config import SearchConfig, StudyConfig, flatten
-from mohawk_nas.errors import ConfigError, LayoutError, RegistryError, RunError, did_you_mean
+from mohawk_nas.config import SearchConfig, StudyConfig
+from mohawk_nas.errors import ConfigError, LayoutError, RegistryError, did_you_mean
 from mohawk_nas.layout import Layout
 from mohawk_nas.reporting import SILENT, Reporter, Task
 from mohawk_nas.search.budget import Budget
-from mohawk_nas.search.leases import DEFAULT_PACE, Leases, Pace, Worker
+from mohawk_nas.search.leases import DEFAULT_PACE, Pace, Worker
 from mohawk_nas.search.ledger import Ledger
+from mohawk_nas.search.record import is_solved, load_result, open_ledger, study_result
 from mohawk_nas.search.result import StudyResult
 from mohawk_nas.search.scoring import Score, Scorer
 from mohawk_nas.search.space import SearchSpace
-from mohawk_nas.search.storages import is_shared, locate_study, opened
 from mohawk_nas.search.strategy import (
     STRATEGIES,
     Proposal,
@@ -44,10 +43,8 @@ __all__ = [
     "SearchPlan",
     "check_search",
     "load_result",
-    "open_ledger",
     "plan_search",
     "run_study",
-    "study_result",
     "trial_seed",
 ]
 
@@ -113,7 +110,7 @@ def check_search(
 def plan_search(config: SearchConfig, space: SearchSpace, budget: Budget) -> SearchPlan:
     """What :func:`run_study` will do, without scoring anything."""
     possible = budget.count(space)
-    solved = _is_solved(config)
+    solved = is_solved(config)
     probes = {}
     for entry in config.baselines:
         if entry in STRATEGIES.names():
@@ -174,23 +171,6 @@ def run_study(
         study = _Study(config, space, budget, scorer, ledger, provenance, reporter, worker, pace)
         study.run_baselines()
         study.run_strategy()
-        return study_result(config, space, budget, ledger)
-
-
-def load_result(
-    config: StudyConfig, space: SearchSpace, budget: Budget, *, run_dir: Path
-) -> StudyResult:
-    """The result of a study as far as it has run, without scoring anything.
-
-    Raises:
-        RunError: There is no such study, or not one trial of it has finished.
-    """
-    paths = [run_dir / "study.db", run_dir / "study.journal"]
-    if config.search.storage is None and not any(path.is_file() for path in paths):
-        raise RunError(f"{paths[0]}: must hold a study, but there is none; run `search` first")
-    with open_ledger(config, space, run_dir=run_dir, begin=False) as ledger:
-        if not ledger.trials:
-            raise RunError(f"study {config.name!r}: no layout is scored yet; run `search` first")
         return study_result(config, space, budget, ledger)
 
 
@@ -263,7 +243,7 @@ class _Study:
         """Score layouts until the trials are used up or nothing is left to propose."""
         search, trials = self._config.search, self._ledger.trials
         possible = self._budget.count(self._space)
-        if _is_solved(search):
+        if is_solved(search):
             self._solve()
             return
         name = search.strategy
@@ -402,73 +382,6 @@ class _Study:
         alone = not self._ledger.pending and not self._ledger.probing
         salt = self._worker.salt(alone=alone)
         return trial_seed(self._config.seed, len(self._ledger.trials), salt)
-
-
-@contextmanager
-def open_ledger(
-    config: StudyConfig,
-    space: SearchSpace,
-    *,
-    run_dir: Path | None,
-    begin: bool,
-    identity: Mapping[str, Any] | None = None,
-    worker: Worker | None = None,
-    pace: Pace = DEFAULT_PACE,
-) -> Iterator[Ledger]:
-    """A study's ledger, for the length of the block; arguments as of :func:`run_study`."""
-    search = config.search
-    url = locate_study(search.storage, run_dir=run_dir)
-    if begin and run_dir is not None and search.storage is None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    # The run's own folder is locked by whoever works in it.
-    with opened(url, lock=begin and search.storage is not None) as storage:
-        leases = Leases(storage, worker or Worker(), pace=pace, alone=not is_shared(url))
-        yield Ledger(
-            config.name,
-            space=space,
-            weights=search.objective,
-            storage=storage,
-            leases=leases,
-            settings=_settings(config, space),
-            identity=identity,
-            begin=begin,
-        )
-
-
-def _settings(config: StudyConfig, space: SearchSpace) -> dict[str, Any]:
-    # What decides which layouts are scored, and on what. Where the weights come from is the bank's
-    # business, and each trial's provenance names it.
-    flat = flatten(config)
-    keys = ["seed", "budget.attention_layers"]
-    keys += [f"search.{key}" for key in ("strategy", "objective", "baselines")]
-    keys += [f"search.{key}" for key in ("tokens", "evaluation")]
-    return {key: flat[key] for key in keys} | {
-        "space.candidates": list(space.candidates),
-        "space.pinned": {str(layer): name for layer, name in sorted(space.pinned.items())},
-        "number of layers": space.num_layers,
-    }
-
-
-def study_result(
-    config: StudyConfig, space: SearchSpace, budget: Budget, ledger: Ledger
-) -> StudyResult:
-    """What a ledger holds, as a result."""
-    notes = ledger.notes()
-    return StudyResult(
-        name=config.name,
-        space=space,
-        budget=budget,
-        weights=dict(config.search.objective),
-        trials=tuple(ledger.trials),
-        probes=tuple(ledger.probes),
-        baselines={label: Layout(tuple(n)) for label, n in notes.get("baselines", {}).items()},
-        asked=notes.get("asked", {}),
-        solved=_is_solved(config.search),
-    )
-
-
-def _is_solved(config: SearchConfig) -> bool:
-    return set(config.objective) == {"stage2_local"}
 
 
 def _looks_like_layout(text: str) -> bool:
