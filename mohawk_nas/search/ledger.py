@@ -308,12 +308,15 @@ class Ledger:
         return Layout(tuple(frozen.params[name] for name in sorted(frozen.params)))
 
     def _enter(self, study: int, frozen: FrozenTrial) -> None:
+        # Not always at the end: others finish some that were begun before those that are here.
         layout, attrs = self._layout(frozen), frozen.user_attrs
         score = Score.from_dict(attrs["score"])
         self._scores.setdefault(layout, score)
         if study == self._probe_study:
-            self._probe_numbers.append(frozen.number)
-            self.probes.append(Probe(layout=layout, score=score, charged_to=attrs["charged_to"]))
+            place = bisect.bisect(self._probe_numbers, frozen.number)
+            self._probe_numbers.insert(place, frozen.number)
+            probe = Probe(layout=layout, score=score, charged_to=attrs["charged_to"])
+            self.probes.insert(place, probe)
             return
         trial = Trial(
             number=frozen.number,
@@ -324,7 +327,6 @@ class Ledger:
             provenance=attrs["provenance"],
         )
         self._layouts.add(layout)
-        # Others may have finished theirs later than those that were begun after them.
         place = bisect.bisect(self._trial_numbers, frozen.number)
         self._trial_numbers.insert(place, frozen.number)
         self.trials.insert(place, trial)

@@ -20,12 +20,20 @@ from filelock import FileLock, Timeout
 from optuna.exceptions import OptunaError, StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from mohawk_nas.errors import ConfigError, RunError, TrainingError
 
-__all__ = ["MEMORY", "Journal", "is_shared", "locate_study", "opened", "storage_errors"]
+__all__ = [
+    "MEMORY",
+    "Journal",
+    "check_storage",
+    "is_shared",
+    "locate_study",
+    "opened",
+    "storage_errors",
+]
 
 MEMORY = "memory"
 JOURNAL = "journal:"
@@ -69,6 +77,22 @@ def locate_study(named: str | None, *, run_dir: Path | None, workers: int = 1) -
     return f"{JOURNAL}{journal}"
 
 
+def check_storage(named: str | None) -> list[str]:
+    """Problems of ``search.storage`` that can be told without reaching it."""
+    if named is None or named.startswith(JOURNAL):
+        return []
+    try:
+        create_engine(named)
+    except ImportError as e:
+        return [
+            f"search.storage: {_shown(named)} needs a driver that is not installed ({e}); for "
+            "PostgreSQL, pip install 'mohawk-nas[postgres]' and write postgresql+psycopg://"
+        ]
+    except ArgumentError as e:
+        return [f"search.storage: {_shown(named)} is no database's URL ({e})"]
+    return []
+
+
 def is_shared(url: str) -> bool:
     """Whether several processes may work at this storage."""
     return url != MEMORY and not url.startswith("sqlite")
@@ -83,7 +107,6 @@ def opened(url: str, *, lock: bool) -> Iterator[BaseStorage]:
         lock: Keep other processes that say so from the same SQLite file.
 
     Raises:
-        ConfigError: The database's driver is not installed.
         RunError: Another process works at this SQLite file.
         TrainingError: The storage cannot be read or written.
     """
@@ -147,9 +170,7 @@ class Journal(JournalFileBackend):
         try:
             yield from super().read_logs(log_number_from)
         except ValueError as e:
-            raise StorageInternalError(
-                f"{self._path}: a line before the last is damaged ({e})"
-            ) from e
+            raise StorageInternalError(f"a line before the last is damaged ({e})") from None
 
 
 class _SystemLock(JournalFileOpenLock):
@@ -164,8 +185,8 @@ class _SystemLock(JournalFileOpenLock):
             self._system.acquire(poll_interval=0.003)
         except Timeout as e:
             raise StorageInternalError(
-                f"{self._system.lock_file}: a process has held this lock for {LOCK_PATIENCE:.0f} s"
-            ) from e
+                f"{e.lock_file} has been held by another process for {LOCK_PATIENCE:.0f} s"
+            ) from None
         _cut_unfinished(self._journal)
         return True
 
@@ -241,11 +262,6 @@ def _database(url: str) -> BaseStorage:
         try:
             # What has ended is then read once.
             return get_storage(RDBStorage(url))
-        except ImportError as e:
-            raise ConfigError(
-                f"search.storage: {_shown(url)} needs a driver that is not installed "
-                f"({e.__context__ or e}); for PostgreSQL, pip install 'mohawk-nas[postgres]'"
-            ) from e
         except DBAPIError as e:
             # Two processes make the tables at the same time: one of them is told so, in a way that
             # depends on the database and on which table it is.

@@ -30,6 +30,7 @@ from mohawk_nas.search.record import is_solved, load_result, open_ledger, study_
 from mohawk_nas.search.result import StudyResult
 from mohawk_nas.search.scoring import Score, Scorer
 from mohawk_nas.search.space import SearchSpace
+from mohawk_nas.search.storages import check_storage
 from mohawk_nas.search.strategy import (
     STRATEGIES,
     Proposal,
@@ -70,14 +71,14 @@ class SearchPlan:
 def check_search(
     config: SearchConfig, *, space: SearchSpace | None = None, budget: Budget | None = None
 ) -> list[str]:
-    """Problems of the strategy, the baselines and the budget.
+    """Problems of the strategy, the baselines, the storage and the budget.
 
     Args:
         config: The study's search section; its plugins must have been loaded.
         space: None checks names only, before the teacher is known.
         budget: Goes with ``space``.
     """
-    problems = []
+    problems = check_storage(config.storage)
     known = STRATEGIES.names()
     if config.strategy not in known:
         problems.append(
@@ -328,8 +329,8 @@ class _Study:
                 return
             self._look(task)
             while free := [x for x in layouts if not ledger.score_of(x) and not ledger.is_busy(x)]:
-                # Not the first: all workers are here at the same time.
-                score(self._chance.choice(free))
+                # All workers are here at the same time, so they do not all take the first.
+                score(self._chance.choice(free) if self._salt() else free[0])
                 self._look(task)
 
         return SearchContext(
@@ -379,9 +380,10 @@ class _Study:
             task.advance(more, value=best.value, best=best.layout.strip(self._space.symbols))
 
     def _seed(self) -> int:
-        alone = not self._ledger.pending and not self._ledger.probing
-        salt = self._worker.salt(alone=alone)
-        return trial_seed(self._config.seed, len(self._ledger.trials), salt)
+        return trial_seed(self._config.seed, len(self._ledger.trials), self._salt())
+
+    def _salt(self) -> str:
+        return self._worker.salt(alone=not self._ledger.pending and not self._ledger.probing)
 
 
 def _looks_like_layout(text: str) -> bool:
