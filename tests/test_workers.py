@@ -30,7 +30,7 @@ from mohawk_nas.errors import ConfigError, RunError, TrainingError
 from mohawk_nas.reporting import Silent
 from mohawk_nas.search.leases import DEFAULT_PACE, Leases, Pace, Worker
 from mohawk_nas.search.ledger import Ledger
-from mohawk_nas.search.record import open_ledger
+from mohawk_nas.search.record import open_ledger, study_result
 from mohawk_nas.search.storages import Journal, locate_study, opened
 from mohawk_nas.search.study import run_study
 from mohawk_nas.search.workers import environments, run_crew
@@ -137,9 +137,8 @@ def test_no_trial_is_lost_or_doubled_by_20_kills(storage, tmp_path, elsewhere):
         assert set(probes.values()) == {1}
         expected = {trial.layout for trial in [*alone.trials, *alone.probes]}
         assert set(trials) | set(probes) == expected
-        notes_of_study = ledger.notes()
-        assert set(notes_of_study["baselines"]) == set(alone.baselines)
-        assert notes_of_study["asked"] == alone.asked
+        result = study_result(config, space, budget, ledger)
+        assert (result.baselines, result.asked) == (alone.baselines, alone.asked)
     with opened(storage, lock=False) as opened_storage:
         study = opened_storage.get_study_id_from_name(name)
         states = Counter(t.state for t in opened_storage.get_all_trials(study))

@@ -73,6 +73,13 @@ def study_result(
 ) -> StudyResult:
     """What a ledger holds, as a result."""
     notes = ledger.notes()
+    # Earlier versions kept all in two notes.
+    baselines, asked = dict(notes.get("baselines", {})), dict(notes.get("asked", {}))
+    for entry in config.search.baselines:
+        note = notes.get(f"baseline {entry}", {"layouts": {}, "asked": 0})
+        baselines |= note["layouts"]
+        if note["asked"]:
+            asked[entry] = note["asked"]
     return StudyResult(
         name=config.name,
         space=space,
@@ -80,8 +87,8 @@ def study_result(
         weights=dict(config.search.objective),
         trials=tuple(ledger.trials),
         probes=tuple(ledger.probes),
-        baselines={label: Layout(tuple(n)) for label, n in notes.get("baselines", {}).items()},
-        asked=notes.get("asked", {}),
+        baselines={label: Layout(tuple(names)) for label, names in baselines.items()},
+        asked=asked,
         solved=is_solved(config.search),
     )
 

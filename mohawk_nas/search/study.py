@@ -214,24 +214,19 @@ class _Study:
             self._reporter.say(f"continuing: {len(trials)} layouts are scored already")
         if not entries:
             return
-        named: dict[str, list[str]] = {}
         proposals: list[Proposal] = []
-        asked: dict[str, int] = {}
         with self._reporter.stage("baselines", total=None, unit="layout") as task:
             for entry in entries:
                 looked: set[Layout] = set()
+                named: dict[str, list[str]] = {}
                 for label, layout in self._baseline(entry, looked, task):
                     self._space.check(layout)
                     self._budget.check(layout)
                     named[label] = list(layout.candidates)
                     proposals.append(Proposal(layout=layout, proposed_by=label))
                     self._score_free(proposals[-1:], task)
-                if looked:
-                    asked[entry] = len(looked)
-                # Another worker may have come further.
-                notes = self._ledger.notes()
-                self._ledger.note("baselines", notes.get("baselines", {}) | named)
-                self._ledger.note("asked", notes.get("asked", {}) | asked)
+                # One note a baseline, so that workers at different ones do not undo each other's.
+                self._ledger.note(f"baseline {entry}", {"layouts": named, "asked": len(looked)})
             while self._score_free(proposals, task):
                 self._wait(task)
         if len(trials) > self._config.search.trials:
