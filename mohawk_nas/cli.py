@@ -63,11 +63,15 @@ def search(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help="Print what would be done, and stop.")] = False,
     force: Force = False,
+    workers: Annotated[
+        int, typer.Option(help="Processes that score layouts; each takes the next GPU.", min=1)
+    ] = 1,
 ) -> None:
     """Train the mixer bank, score layouts, and write the best one to best.yaml.
 
-    Run it again after a stop, and it goes on where it was. On several GPUs, torchrun shares the
-    bank's layers out: torchrun --nproc-per-node 4 -m mohawk_nas search study.yaml
+    Run it again after a stop, and it goes on where it was. Other hosts join if they name the same
+    search.storage and another output. On several GPUs, torchrun shares the bank's layers out:
+    torchrun --nproc-per-node 4 -m mohawk_nas search study.yaml --workers 4
     """
     config = _load(study, overrides)
     from mohawk_nas import ranks
@@ -86,7 +90,9 @@ def search(
         if ranks.rank():
             pipeline.help_search(config)
             return
-        result, best = pipeline.search(config, reporter=screen.reporter(), force=force)
+        result, best = pipeline.search(
+            config, reporter=screen.reporter(), force=force, workers=workers
+        )
     report = write_report(config.run_dir / "report.html", result, config)
     screen.show_result(result, next_command=f"mohawk-nas distill {best}", files=[best, report])
 

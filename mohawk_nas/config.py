@@ -194,7 +194,9 @@ class SearchConfig:
     """Blocks scored at once; null takes what suits the device. Scores depend on it by rounding
     alone."""
     storage: str | None = None
-    """Optuna storage; None is an SQLite file in the run's folder."""
+    """``journal:PATH``, a file that any number of processes and hosts share, or a database's URL
+    as Optuna takes it; relative to the working folder. None is a file in the run's folder: SQLite
+    for one worker, a journal for several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -627,9 +629,10 @@ def _check(study: StudyConfig) -> list[str]:
         f"search.batch_size: must be at least 1, got {search.batch_size}",
     )
     need(
-        search.storage is None or re.match(r"[a-z][a-z0-9+]*://", search.storage) is not None,
-        "search.storage: must be a database's URL such as sqlite:///study.db, but got "
-        f"{search.storage!r}",
+        search.storage is None
+        or re.match(r"[a-z][a-z0-9+]*://|journal:.", search.storage) is not None,
+        "search.storage: must be a database's URL such as sqlite:///study.db, or a file that "
+        f"several processes share, such as journal:study.journal, but got {search.storage!r}",
     )
     entries = {f"search.baselines[{i}]": entry for i, entry in enumerate(search.baselines)}
     for name, entry in {"search.strategy": search.strategy, **entries}.items():

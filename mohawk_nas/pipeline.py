@@ -1,12 +1,14 @@
 """What the commands do, as functions: each takes a study and leaves its results in a folder.
 
-A run's folder holds ``config.yaml`` (the resolved study), ``provenance.json``, ``study.db``,
-``best.yaml`` and ``report.html``; ``distill/`` and ``export/`` follow.
+A run's folder holds ``config.yaml`` (the resolved study), ``provenance.json``, ``study.db`` (or
+``study.journal``, if several workers share the study), ``best.yaml`` and ``report.html``;
+``distill/`` and ``export/`` follow.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from mohawk_nas import recall
@@ -41,11 +44,14 @@ from mohawk_nas.runs import (
     set_aside,
 )
 from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.leases import Worker
 from mohawk_nas.search.objectives import BankScorer, PerTrialScorer
 from mohawk_nas.search.result import Placement, StudyResult
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import SearchSpace, load_space
+from mohawk_nas.search.storages import locate_study
 from mohawk_nas.search.study import load_result, run_study
+from mohawk_nas.search.workers import environments, run_crew
 from mohawk_nas.student import assemble
 from mohawk_nas.teacher import Teacher, load_teacher
 
@@ -174,6 +180,16 @@ class Workbench:
         """
         return load_result(self.study, self.space, self.budget, run_dir=self.config.run_dir)
 
+    def release(self) -> None:
+        """Let go of what is large; it is loaded again if it is used again."""
+        # The identity stays: it says which teacher this is.
+        _ = self.identity, self.space
+        for name in ("teacher", "blocks", "bank"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def scorer(self) -> BankScorer:
         """Scores layouts as ``search.evaluation`` says."""
         search = self.study.search
@@ -209,7 +225,7 @@ class BestLayout:
 
 
 def search(
-    config: StudyConfig, *, reporter: Reporter = SILENT, force: bool = False
+    config: StudyConfig, *, reporter: Reporter = SILENT, force: bool = False, workers: int = 1
 ) -> tuple[StudyResult, Path]:
     """Train the bank, run the study, write ``best.yaml``.
 
@@ -217,41 +233,74 @@ def search(
         config: The study.
         reporter: Told what happens.
         force: Set an earlier run of this name aside and start anew. The bank is kept.
+        workers: Processes that score layouts, besides this one if they are more than one.
 
     Returns:
         The result, and the path of ``best.yaml``.
 
     Raises:
         ConfigError: Every problem of the study, before anything is run.
-        RunError: The run's folder holds something else.
+        RunError: The run's folder holds something else, or the storage is not for several workers.
+        TrainingError: The storage cannot be used, or all workers have stopped.
     """
     if problems := find_problems(config):
         raise ConfigError(problems)
     with only_one(config.run_dir):
+        # With --force what is there is set aside.
+        kept_in = config.run_dir if not force else None
+        locate_study(config.search.storage, run_dir=kept_in, workers=workers)
         claim_run_dir(config, force=force)
-        return _search(Workbench(config, reporter))
+        return _search(Workbench(config, reporter), workers=workers)
 
 
-def _search(bench: Workbench) -> tuple[StudyResult, Path]:
+def _search(bench: Workbench, *, workers: int) -> tuple[StudyResult, Path]:
     config, reporter = bench.config, bench.reporter
     claim_identity(config.run_dir, bench.identity)
     _train_bank(bench)
+    if workers == 1:
+        result = _score(bench, worker=None)
+    else:
+        study = bench.study
+        # This process scores nothing, so what it holds of a GPU is its workers'.
+        bench.release()
+        url = locate_study(config.search.storage, run_dir=config.run_dir, workers=workers)
+        shared = dataclasses.replace(study, search=dataclasses.replace(study.search, storage=url))
+        result = run_crew(
+            shared,
+            bench.space,
+            bench.budget,
+            run_dir=config.run_dir,
+            target=_score_as_worker,
+            arguments=(shared,),
+            environments=environments(workers, config.teacher.device),
+            identity=bench.identity,
+            reporter=reporter,
+        )
+    path = config.run_dir / "best.yaml"
+    _write_best(path, bench, result)
+    return result, path
 
+
+def _score_as_worker(number: int, config: StudyConfig) -> None:
+    """What a worker's process runs, after the bank is there."""
+    _score(Workbench(config), worker=Worker(number=number))
+
+
+def _score(bench: Workbench, *, worker: Worker | None) -> StudyResult:
     def provenance(layout: Layout) -> Mapping[str, Any]:
         return {"bank": {str(i): bench.bank.key(i, layout[i]) for i in layout.replaced_layers}}
 
-    result = run_study(
+    return run_study(
         bench.study,
         bench.space,
         bench.budget,
         bench.scorer(),
-        run_dir=config.run_dir,
+        run_dir=bench.config.run_dir,
         provenance=provenance,
-        reporter=reporter,
+        reporter=bench.reporter,
+        identity=bench.identity,
+        worker=worker,
     )
-    path = config.run_dir / "best.yaml"
-    _write_best(path, bench, result)
-    return result, path
 
 
 def help_search(config: StudyConfig) -> None:
@@ -493,7 +542,7 @@ def _write_best(path: Path, bench: Workbench, result: StudyResult) -> None:
         },
         "teacher": {
             "source": bench.config.teacher.source,
-            "fingerprint": bench.teacher.fingerprint,
+            "fingerprint": bench.identity["teacher"],
         },
         "bank": best.provenance.get("bank", {}),
         "provenance": provenance(),

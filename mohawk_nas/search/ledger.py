@@ -1,34 +1,45 @@
-"""What has been scored, kept in an Optuna storage.
+"""What has been scored and what is being scored, kept in an Optuna storage.
 
 Trials stand in the study that has the study's name: one for each distinct layout on the budget, so
 that Optuna's own tools can open it. Probes, which may be off the budget, stand in a second study
-called ``NAME.probes``. Each finished trial is written whole before it counts as complete, so a
-process that is killed leaves at most one trial running, which the next one marks as failed.
+called ``NAME.probes``. Each is written as running before it is scored, and whole before it counts
+as complete. A process that is killed leaves one of them running at most, which others mark as
+failed (``leases.py``).
+
+No layout is scored twice, whoever works at the study. A worker first writes down what it is about
+to score, and then reads what others have written: of two running trials of one layout the lower
+number keeps it, likewise of two probes. A probe gives way to a trial, and a trial waits for a
+probe, which may have been at it before; so one of the two always scores, and the other takes the
+result.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.exceptions import OptunaError
-from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import SQLAlchemyError
 
-from mohawk_nas.errors import RunError, TrainingError
+from mohawk_nas.errors import RunError
 from mohawk_nas.layout import Layout
+from mohawk_nas.search.leases import Leases
 from mohawk_nas.search.result import Probe, Trial
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import SearchSpace
 
-__all__ = ["Ledger", "open_storage", "storage_errors"]
+__all__ = ["Ledger"]
+
+FIRST_PATIENCE = 10.0
+"""Seconds in which whoever made a study says what its scores depend on."""
 
 
 class Ledger:
@@ -39,13 +50,16 @@ class Ledger:
         space: Layouts are kept as one parameter a layer, ``layer_03.mixer``.
         weights: Objective -> weight; the sum is the value of an Optuna trial.
         storage: Where the studies are; made there if they are not.
+        leases: This process's.
         settings: What the scores depend on. A storage that holds the study with other settings is
             refused.
-        begin: Make the study if there is none, and mark trials as failed that a process left
-            running. False only reads, so it does not disturb a search that is going on.
+        identity: What else they depend on, by name: the teacher, the text. None checks nothing.
+        begin: Make the study if there is none, and mark trials as failed whose workers have
+            stopped. False only reads, so it does not disturb a search that is going on.
 
     Raises:
-        RunError: The storage holds a study of this name with other settings, or none to read.
+        RunError: The storage holds a study of this name with other settings or another identity,
+            or none to read.
     """
 
     def __init__(
@@ -55,34 +69,54 @@ class Ledger:
         space: SearchSpace,
         weights: Mapping[str, float],
         storage: BaseStorage,
+        leases: Leases,
         settings: Mapping[str, Any],
+        identity: Mapping[str, Any] | None = None,
         begin: bool,
     ) -> None:
         self._space = space
         self._weights = weights
         self._storage = storage
-        self._trial_study = _open_study(storage, name, begin=begin)
-        self._probe_study = _open_study(storage, f"{name}.probes", begin=begin)
-        self._check(name, settings)
+        self._leases = leases
+        self._begin = begin
+        self._trial_study, made = _open_study(storage, name, begin=begin)
+        self._probe_study, _ = _open_study(storage, f"{name}.probes", begin=begin)
+        self._check(name, settings, identity or {}, made=made)
         self.trials: list[Trial] = []
+        """In the order in which they were begun."""
         self.probes: list[Probe] = []
+        self.pending: dict[Layout, int] = {}
+        """Layouts that others are scoring as trials -> the trials' numbers."""
+        self.probing: dict[Layout, int] = {}
+        """The same for probes."""
+        self._trial_numbers: list[int] = []
+        self._probe_numbers: list[int] = []
         self._scores: dict[Layout, Score] = {}
-        for frozen in storage.get_all_trials(self._trial_study, deepcopy=False):
-            if frozen.state == TrialState.RUNNING and begin:
-                number = frozen.number
-                trial_id = storage.get_trial_id_from_study_id_trial_number(
-                    self._trial_study, number
-                )
-                self._fail(trial_id, "interrupted")
-            elif frozen.state == TrialState.COMPLETE:
-                self._enter_trial(frozen)
-        for frozen in storage.get_all_trials(self._probe_study, deepcopy=False):
-            if frozen.state == TrialState.COMPLETE:
-                score = Score.from_dict(frozen.user_attrs["score"])
-                charged_to = frozen.user_attrs["charged_to"]
-                self._enter_probe(
-                    Probe(layout=self._layout(frozen), score=score, charged_to=charged_to)
-                )
+        self._layouts: set[Layout] = set()
+        self._read()
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other process can be at this study."""
+        return self._leases.alone
+
+    @property
+    def symbols(self) -> Mapping[str, str]:
+        """Candidate -> its letter in a layout's strip."""
+        return self._space.symbols
+
+    def refresh(self) -> None:
+        """Take in what others have done since the last look."""
+        if not self._leases.alone:
+            self._read()
+
+    def has_trial(self, layout: Layout) -> bool:
+        """Whether the layout is scored as a trial."""
+        return layout in self._layouts
+
+    def is_busy(self, layout: Layout) -> bool:
+        """Whether others are scoring the layout, as a trial or as a probe."""
+        return layout in self.pending or layout in self.probing
 
     def score_of(self, layout: Layout) -> Score | None:
         """The layout's score as a trial or as a probe, None if it has none yet."""
@@ -96,45 +130,61 @@ class Ledger:
         proposed_by: str,
         seed: int,
         provenance: Mapping[str, Any],
-    ) -> Trial:
+        limit: int | None = None,
+    ) -> bool:
         """Score a layout as a trial of the study, unless a probe has done so already.
 
         Whatever ``score`` raises marks the trial as failed and is raised again.
-        """
-        attrs = {
-            "layout": layout.strip(self._space.symbols),
-            "attention_layers": list(layout.attention_layers),
-            "proposed_by": proposed_by,
-            "seed": seed,
-            "provenance": dict(provenance),
-        }
-        storage, state = self._storage, TrialState.RUNNING
-        trial_id = storage.create_new_trial(
-            self._trial_study, self._template(layout, attrs, state=state)
-        )
-        try:
-            result = self.score_of(layout) or score(layout)
-        except BaseException as e:
-            self._fail(trial_id, f"interrupted: {type(e).__name__}: {e}".rstrip(": "))
-            raise
-        storage.set_trial_user_attr(trial_id, "score", result.to_dict())
-        value = result.value(self._weights)
-        storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
-        return self._enter_trial(storage.get_trial(trial_id))
 
-    def add_probe(self, layout: Layout, score: Score, *, charged_to: str) -> None:
-        """Keep the score of a layout that is no trial."""
-        attrs = {
-            "layout": layout.strip(self._space.symbols),
-            "attention_layers": list(layout.attention_layers),
-            "charged_to": charged_to,
-            "score": score.to_dict(),
-        }
-        template = self._template(
-            layout, attrs, state=TrialState.COMPLETE, value=score.value(self._weights)
+        Args:
+            layout: What to score.
+            score: Scores it.
+            proposed_by: Kept with the trial, like the rest.
+            seed: The proposal's.
+            provenance: Where the weights come from.
+            limit: Trials of the study; one too many is not begun.
+
+        Returns:
+            Whether the trial is complete. It is not if others have the layout or the study its
+            trials, or if this process stood still so long that others took the layout over.
+        """
+        attrs = {"proposed_by": proposed_by, "seed": seed, "provenance": dict(provenance)}
+
+        def claim(number: int) -> str | None:
+            if layout in self._layouts or self.pending.get(layout, number) < number:
+                return f"same layout as trial {self._number_of(layout)}"
+            before = sum(other < number for other in self.pending.values())
+            if limit is not None and len(self.trials) + before >= limit:
+                return f"one more than {limit} trials"
+            return None
+
+        def scored() -> Score:
+            while self.score_of(layout) is None and layout in self.probing:
+                time.sleep(self._leases.pace.look_every)
+                self.refresh()
+            return self.score_of(layout) or score(layout)
+
+        return self._run(self._trial_study, layout, attrs, claim=claim, score=scored)
+
+    def run_probe(
+        self, layout: Layout, score: Callable[[Layout], Score], *, charged_to: str
+    ) -> bool:
+        """Score a layout that is no trial; like :meth:`run_trial`."""
+
+        def claim(number: int) -> str | None:
+            if layout in self._layouts or layout in self.pending:
+                return f"same layout as trial {self._number_of(layout)} of the study"
+            if layout in self._scores or self.probing.get(layout, number) < number:
+                return "same layout as an earlier probe"
+            return None
+
+        return self._run(
+            self._probe_study,
+            layout,
+            {"charged_to": charged_to},
+            claim=claim,
+            score=lambda: score(layout),
         )
-        self._storage.create_new_trial(self._probe_study, template)
-        self._enter_probe(Probe(layout=layout, score=score, charged_to=charged_to))
 
     def note(self, key: str, value: Any) -> None:
         """Keep something about the study as a whole; what a key held before is lost."""
@@ -145,10 +195,79 @@ class Ledger:
         """What :meth:`note` has kept."""
         return self._storage.get_study_user_attrs(self._trial_study)
 
-    def _check(self, name: str, settings: Mapping[str, Any]) -> None:
+    def _run(
+        self,
+        study: int,
+        layout: Layout,
+        attrs: dict[str, Any],
+        *,
+        claim: Callable[[int], str | None],
+        score: Callable[[], Score],
+    ) -> bool:
+        storage, leases = self._storage, self._leases
+        attrs = {
+            "layout": layout.strip(self._space.symbols),
+            "attention_layers": list(layout.attention_layers),
+            **attrs,
+            **leases.attrs(),
+        }
+        trial_id = storage.create_new_trial(study, self._template(layout, attrs))
+        try:
+            with leases.beating(trial_id):
+                self.refresh()
+                reason = claim(storage.get_trial_number_from_id(trial_id))
+                if reason is not None:
+                    self._fail(trial_id, reason)
+                    return False
+                result = score()
+        except BaseException as e:
+            self._fail(trial_id, f"interrupted: {type(e).__name__}: {e}".rstrip(": "))
+            raise
+        try:
+            storage.set_trial_user_attr(trial_id, "score", result.to_dict())
+            value = result.value(self._weights)
+            storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
+        except UpdateFinishedTrialError:
+            # Others have given this worker up, and one of them scores the layout.
+            self.refresh()
+            return False
+        self._enter(study, storage.get_trial(trial_id))
+        return True
+
+    def _read(self) -> None:
+        self.pending = self._read_study(self._trial_study, self._trial_numbers)
+        self.probing = self._read_study(self._probe_study, self._probe_numbers)
+
+    def _read_study(self, study: int, entered: list[int]) -> dict[Layout, int]:
+        """Enter what has been completed; what others are scoring -> its number."""
+        known, running = set(entered), dict[Layout, int]()
+        for frozen in self._storage.get_all_trials(study, deepcopy=False):
+            if frozen.state == TrialState.COMPLETE and frozen.number not in known:
+                self._enter(study, frozen)
+            elif frozen.state == TrialState.RUNNING and self._begin:
+                if self._leases.has_stopped(study, frozen):
+                    self._fail(
+                        self._storage.get_trial_id_from_study_id_trial_number(study, frozen.number),
+                        "its worker stopped",
+                    )
+                elif not self._leases.is_mine(frozen):
+                    # The first of several keeps it.
+                    running.setdefault(self._layout(frozen), frozen.number)
+        return running
+
+    def _check(
+        self, name: str, settings: Mapping[str, Any], identity: Mapping[str, Any], *, made: bool
+    ) -> None:
         # As JSON gives them back, so that an integer key of a mapping is no change.
         settings = json.loads(json.dumps(settings))
-        kept = self.notes().get("settings", settings)
+        # Whoever made the study says what it depends on, unless it was killed before it could. With
+        # one to say so, two processes with different settings cannot both go on.
+        others_say = self._begin and not made and not self._leases.alone
+        until = time.monotonic() + FIRST_PATIENCE
+        while others_say and "settings" not in self.notes() and time.monotonic() < until:
+            time.sleep(0.05)
+        notes = self.notes()
+        kept = notes.get("settings", settings)
         changed = [key for key in settings if kept.get(key) != settings[key]]
         if changed:
             listed = "; ".join(
@@ -158,16 +277,19 @@ class Ledger:
                 f"study {name!r} was begun with other settings: {listed}. Only search.trials may "
                 "change; give the study another name or restore the old values"
             )
-        self.note("settings", settings)
+        kept = notes.get("identity", identity)
+        if changed := [key for key in identity if kept.get(key) != identity[key]]:
+            raise RunError(
+                f"study {name!r} was begun with another {' and another '.join(changed)}; results "
+                "of both would be mixed. Restore it, or give the study another name"
+            )
+        if self._begin:
+            # The settings last: they tell others that all is there.
+            if identity:
+                self.note("identity", dict(identity))
+            self.note("settings", settings)
 
-    def _template(
-        self,
-        layout: Layout,
-        attrs: dict[str, Any],
-        *,
-        state: TrialState,
-        value: float | None = None,
-    ) -> FrozenTrial:
+    def _template(self, layout: Layout, attrs: dict[str, Any]) -> FrozenTrial:
         width = max(2, len(str(self._space.num_layers - 1)))
         params: dict[str, Any] = {}
         distributions: dict[str, BaseDistribution] = {}
@@ -176,8 +298,7 @@ class Ledger:
             params[name] = candidate
             distributions[name] = CategoricalDistribution(tuple(self._space.candidates))
         return create_trial(
-            state=state,
-            value=value,
+            state=TrialState.RUNNING,
             params=params,
             distributions=distributions,
             user_attrs=attrs,
@@ -186,62 +307,57 @@ class Ledger:
     def _layout(self, frozen: FrozenTrial) -> Layout:
         return Layout(tuple(frozen.params[name] for name in sorted(frozen.params)))
 
-    def _enter_trial(self, frozen: FrozenTrial) -> Trial:
-        layout, score = self._layout(frozen), Score.from_dict(frozen.user_attrs["score"])
+    def _enter(self, study: int, frozen: FrozenTrial) -> None:
+        # Not always at the end: others finish some that were begun before those that are here.
+        layout, attrs = self._layout(frozen), frozen.user_attrs
+        score = Score.from_dict(attrs["score"])
+        self._scores.setdefault(layout, score)
+        if study == self._probe_study:
+            place = bisect.bisect(self._probe_numbers, frozen.number)
+            self._probe_numbers.insert(place, frozen.number)
+            probe = Probe(layout=layout, score=score, charged_to=attrs["charged_to"])
+            self.probes.insert(place, probe)
+            return
         trial = Trial(
-            number=len(self.trials),
+            number=frozen.number,
             layout=layout,
             score=score,
             value=score.value(self._weights),
-            proposed_by=frozen.user_attrs["proposed_by"],
-            provenance=frozen.user_attrs["provenance"],
+            proposed_by=attrs["proposed_by"],
+            provenance=attrs["provenance"],
         )
-        self.trials.append(trial)
-        self._scores.setdefault(layout, score)
-        return trial
+        self._layouts.add(layout)
+        place = bisect.bisect(self._trial_numbers, frozen.number)
+        self._trial_numbers.insert(place, frozen.number)
+        self.trials.insert(place, trial)
+        for number in range(place, len(self.trials)):
+            self.trials[number] = replace(self.trials[number], number=number)
 
-    def _enter_probe(self, probe: Probe) -> None:
-        self.probes.append(probe)
-        self._scores.setdefault(probe.layout, probe.score)
+    def _number_of(self, layout: Layout) -> int:
+        """The number in the storage of a trial that has the layout."""
+        for number, trial in zip(self._trial_numbers, self.trials, strict=True):
+            if trial.layout == layout:
+                return number
+        return self.pending[layout]
 
     def _fail(self, trial_id: int, reason: str) -> None:
-        self._storage.set_trial_user_attr(trial_id, "reason", reason)
-        self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        # It may have ended, or others were faster.
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(trial_id, "reason", reason)
+            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
 
-def open_storage(url: str | None, *, run_dir: Path | None) -> BaseStorage:
-    """The storage a study names; else SQLite in the run's folder; without a folder, memory."""
-    if url is None:
-        if run_dir is None:
-            return InMemoryStorage()
-        run_dir.mkdir(parents=True, exist_ok=True)
-        url = f"sqlite:///{run_dir / 'study.db'}"
-    return RDBStorage(url)
-
-
-@contextmanager
-def storage_errors(where: str) -> Iterator[None]:
-    """Turn what a damaged, full or unreachable storage raises into one line; quieten Optuna."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+def _open_study(storage: BaseStorage, name: str, *, begin: bool) -> tuple[int, bool]:
+    """The study's number, and whether it was made just now."""
     try:
-        yield
-    except (OptunaError, SQLAlchemyError) as e:
-        cause = " ".join(str(e.__cause__ or e).split())
-        raise TrainingError(
-            f"{where}: the study must be readable and writable, but the storage says: {cause}. "
-            "What was scored before is kept there; run again to continue"
-        ) from e
-    finally:
-        optuna.logging.set_verbosity(verbosity)
-
-
-def _open_study(storage: BaseStorage, name: str, *, begin: bool) -> int:
-    try:
-        return storage.get_study_id_from_name(name)
+        return storage.get_study_id_from_name(name), False
     except KeyError as e:
         if not begin:
             raise RunError(
                 f"there must be a study {name!r}, but there is none; search first"
             ) from e
-    return storage.create_new_study([StudyDirection.MINIMIZE], name)
+    try:
+        return storage.create_new_study([StudyDirection.MINIMIZE], name), True
+    except DuplicatedStudyError:
+        # Another process was faster.
+        return storage.get_study_id_from_name(name), False

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from mohawk_nas.config import read_options
 from mohawk_nas.errors import ConfigError, did_you_mean
@@ -34,10 +34,14 @@ __all__ = [
     "at_least",
     "build_strategy",
     "local_replacement",
+    "named_baselines",
     "random_unseen",
     "solve_local",
     "strategy_names",
 ]
+
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +73,9 @@ class SearchContext:
     what had to be scored is kept apart from the trials and charged to the strategy."""
     stage2_losses: Callable[[], Mapping[tuple[int, str], float]]
     """(layer, candidate) -> relative stage-2 distance on the search split."""
+    prepare: Callable[[Sequence[Layout]], None] = lambda layouts: None
+    """Says which layouts will be probed next, whatever they score, so that several workers can
+    share them. Probes may come without it; they are then scored one after the other."""
 
     @cached_property
     def seen(self) -> frozenset[Layout]:
@@ -83,6 +90,11 @@ class SearchContext:
     def value(self, layout: Layout) -> float:
         """The study's objective for any layout, by a probe."""
         return self.probe(layout).value(self.weights)
+
+    def values(self, layouts: Mapping[K, Layout]) -> dict[K, float]:
+        """The same for several layouts at once, which several workers share."""
+        self.prepare(list(layouts.values()))
+        return {key: self.value(layout) for key, layout in layouts.items()}
 
     def keeping(self, layers: Iterable[int]) -> Layout:
         """Attention in these free layers, the replacement that suits a layer best in the others.
@@ -218,6 +230,20 @@ def build_strategy(choice: str | Mapping[str, Any], *, where: str = "strategy") 
             ]
         )
     return read_options(cls, meant | options, where=where, owner=name)
+
+
+def named_baselines(entries: Iterable[str | Mapping[str, Any]]) -> dict[str, Selector | None]:
+    """Label -> selector of a study's baselines, each once; None where a layout is named."""
+    found: dict[str, Selector | None] = {}
+    known = strategy_names()
+    for entry in entries:
+        if isinstance(entry, str) and entry not in known:
+            found[entry] = None
+        else:
+            selector = build_strategy(entry)
+            assert isinstance(selector, Selector)
+            found[selector.label] = selector
+    return found
 
 
 def random_unseen(

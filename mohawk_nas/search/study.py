@@ -4,37 +4,52 @@ Whatever decides what comes next is a function of the scores so far, and scores 
 anything else happens. So a study that is stopped at any moment and run again goes the way it would
 have gone: the baselines are asked again (their probes are there already), and the strategy is
 asked with a seed that follows from the study's seed and the number of finished trials.
+
+Any number of workers may go through a study at the same time, each as if it were alone: what others
+have scored is there, and what they are scoring is left to them. What the next step needs of it is
+waited for, and taken over if they stop.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mohawk_nas.config import SearchConfig, StudyConfig, flatten
-from mohawk_nas.errors import ConfigError, LayoutError, RegistryError, RunError, did_you_mean
+from mohawk_nas.config import SearchConfig, StudyConfig
+from mohawk_nas.errors import ConfigError, LayoutError, RegistryError, did_you_mean
 from mohawk_nas.layout import Layout
 from mohawk_nas.reporting import SILENT, Reporter, Task
 from mohawk_nas.search.budget import Budget
-from mohawk_nas.search.ledger import Ledger, open_storage, storage_errors
+from mohawk_nas.search.leases import DEFAULT_PACE, Pace, Worker
+from mohawk_nas.search.ledger import Ledger
+from mohawk_nas.search.record import is_solved, load_result, open_ledger, study_result
 from mohawk_nas.search.result import StudyResult
 from mohawk_nas.search.scoring import Score, Scorer
 from mohawk_nas.search.space import SearchSpace
+from mohawk_nas.search.storages import check_storage
 from mohawk_nas.search.strategy import (
     Proposal,
     SearchContext,
     Selector,
     Strategy,
     build_strategy,
+    named_baselines,
     solve_local,
     strategy_names,
 )
 
-__all__ = ["SearchPlan", "check_search", "load_result", "plan_search", "run_study", "trial_seed"]
+__all__ = [
+    "SearchPlan",
+    "check_search",
+    "load_result",
+    "plan_search",
+    "run_study",
+    "trial_seed",
+]
 
 Provenance = Callable[[Layout], Mapping[str, Any]]
 
@@ -58,14 +73,14 @@ class SearchPlan:
 def check_search(
     config: SearchConfig, *, space: SearchSpace | None = None, budget: Budget | None = None
 ) -> list[str]:
-    """Problems of the strategy, the baselines and the budget.
+    """Problems of the strategy, the baselines, the storage and the budget.
 
     Args:
         config: The study's search section; its plugins must have been loaded.
         space: None checks names only, before the teacher is known.
         budget: Goes with ``space``.
     """
-    problems = []
+    problems = check_storage(config.storage)
     known = strategy_names()
     try:
         build_strategy(config.strategy, where="search.strategy")
@@ -102,9 +117,9 @@ def check_search(
 def plan_search(config: SearchConfig, space: SearchSpace, budget: Budget) -> SearchPlan:
     """What :func:`run_study` will do, without scoring anything."""
     possible = budget.count(space)
-    solved = _is_solved(config)
+    solved = is_solved(config)
     probes = {}
-    for label, selector in _baselines(config).items():
+    for label, selector in named_baselines(config.baselines).items():
         if selector and (count := selector.num_probes(space, budget)):
             probes[label] = count
     return SearchPlan(
@@ -125,53 +140,48 @@ def run_study(
     run_dir: Path | None,
     provenance: Provenance | None = None,
     reporter: Reporter = SILENT,
+    identity: Mapping[str, Any] | None = None,
+    worker: Worker | None = None,
+    pace: Pace = DEFAULT_PACE,
 ) -> StudyResult:
-    """Run a study to its end, or continue one that was stopped.
+    """Run a study to its end, or continue one that was stopped, or join others that run it.
 
     Args:
         config: The study. ``search.trials`` may be larger than in an earlier run.
         space: What may be chosen.
         budget: What every layout must meet.
         scorer: Scores a layout; must give the same numbers whenever it is asked.
-        run_dir: Folder of ``study.db``, unless the config names a storage. None keeps everything in
-            memory.
+        run_dir: Folder of ``study.db`` or ``study.journal``, unless the config names a storage.
+            None keeps everything in memory.
         provenance: Says where a layout's weights come from; kept with its trial as JSON.
         reporter: Told what happens.
+        identity: What the scores depend on besides the settings, by name. A storage in which the
+            study has another is refused.
+        worker: Who this process is among those of the study.
+        pace: When workers give each other up.
 
     Raises:
         ConfigError: The budget, a baseline or the strategy is impossible.
-        RunError: The storage holds this study with other settings.
+        RunError: The storage holds this study with other settings or another identity, or another
+            process is at it and it is SQLite.
         TrainingError: The storage cannot be read or written.
     """
     if problems := check_search(config.search, space=space, budget=budget):
         raise ConfigError(problems)
-    with _open(config, space, run_dir=run_dir, begin=True) as ledger:
-        study = _Study(config, space, budget, scorer, ledger, provenance, reporter)
+    worker = worker or Worker()
+    with open_ledger(
+        config, space, run_dir=run_dir, begin=True, identity=identity, worker=worker, pace=pace
+    ) as ledger:
+        study = _Study(config, space, budget, scorer, ledger, provenance, reporter, worker, pace)
         study.run_baselines()
         study.run_strategy()
-        return _result(config, space, budget, ledger)
+        return study_result(config, space, budget, ledger)
 
 
-def load_result(
-    config: StudyConfig, space: SearchSpace, budget: Budget, *, run_dir: Path
-) -> StudyResult:
-    """The result of a study as far as it has run, without scoring anything.
-
-    Raises:
-        RunError: There is no such study, or not one trial of it has finished.
-    """
-    path = run_dir / "study.db"
-    if config.search.storage is None and not path.is_file():
-        raise RunError(f"{path}: must hold a study, but there is none; run `search` first")
-    with _open(config, space, run_dir=run_dir, begin=False) as ledger:
-        if not ledger.trials:
-            raise RunError(f"study {config.name!r}: no layout is scored yet; run `search` first")
-        return _result(config, space, budget, ledger)
-
-
-def trial_seed(seed: int, num_finished: int) -> int:
-    """The seed of the next proposal, 32 bits."""
-    digest = hashlib.sha256(f"{seed}:{num_finished}".encode()).digest()
+def trial_seed(seed: int, num_finished: int, salt: str = "") -> int:
+    """The seed of the next proposal, 32 bits; with a salt, of one worker among several."""
+    text = f"{seed}:{num_finished}:{salt}" if salt else f"{seed}:{num_finished}"
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:4], "big")
 
 
@@ -185,6 +195,8 @@ class _Study:
         ledger: Ledger,
         provenance: Provenance | None,
         reporter: Reporter,
+        worker: Worker,
+        pace: Pace,
     ) -> None:
         self._config = config
         self._space = space
@@ -193,29 +205,33 @@ class _Study:
         self._ledger = ledger
         self._provenance = provenance or (lambda layout: {})
         self._reporter = reporter
+        self._worker = worker
+        self._pace = pace
+        self._chance = worker.random()
+        self._shown = len(ledger.trials)
 
     def run_baselines(self) -> None:
         """Score every baseline's layouts, each label once."""
-        trials, entries = self._ledger.trials, _baselines(self._config.search)
+        trials, entries = self._ledger.trials, named_baselines(self._config.search.baselines)
         if trials:
             self._reporter.say(f"continuing: {len(trials)} layouts are scored already")
         if not entries:
             return
-        named: dict[str, list[str]] = {}
-        asked: dict[str, int] = {}
+        proposals: list[Proposal] = []
         with self._reporter.stage("baselines", total=None, unit="layout") as task:
             for entry, selector in entries.items():
                 looked: set[Layout] = set()
+                named: dict[str, list[str]] = {}
                 for label, layout in self._baseline(entry, selector, looked, task):
                     self._space.check(layout)
                     self._budget.check(layout)
                     named[label] = list(layout.candidates)
-                    if all(trial.layout != layout for trial in trials):
-                        self._trial(Proposal(layout=layout, proposed_by=label), task)
-                if looked:
-                    asked[entry] = len(looked)
-                self._ledger.note("baselines", named)
-                self._ledger.note("asked", asked)
+                    proposals.append(Proposal(layout=layout, proposed_by=label))
+                    self._score_free(proposals[-1:], task)
+                # One note a baseline, so that workers at different ones do not undo each other's.
+                self._ledger.note(f"baseline {entry}", {"layouts": named, "asked": len(looked)})
+            while self._score_free(proposals, task):
+                self._wait(task)
         if len(trials) > self._config.search.trials:
             self._reporter.say(
                 f"the baselines alone name {len(trials)} layouts, more than search.trials = "
@@ -226,7 +242,7 @@ class _Study:
         """Score layouts until the trials are used up or nothing is left to propose."""
         search, trials = self._config.search, self._ledger.trials
         possible = self._budget.count(self._space)
-        if _is_solved(search):
+        if is_solved(search):
             self._solve()
             return
         strategy = build_strategy(search.strategy)
@@ -240,21 +256,33 @@ class _Study:
         if len(trials) >= total:
             return
         with self._reporter.stage("search", total=total, unit="layout", done=len(trials)) as task:
-            while len(trials) < total:
-                proposal = self._propose(strategy, task)
-                if proposal is None:
+            while True:
+                self._look(task)
+                if len(trials) >= total:
+                    break
+                pending = self._ledger.pending
+                proposal = None
+                if len(trials) + len(pending) < total:
+                    proposal = self._propose(strategy, task)
+                    pending = pending or self._ledger.pending
+                if proposal is not None:
+                    self._trial(proposal, task, limit=total)
+                elif pending:
+                    # One of them may stop, and its layout is free again.
+                    self._wait(task)
+                else:
                     self._reporter.say(f"{strategy.label} has nothing left to propose")
                     break
-                self._trial(proposal, task)
 
     def _solve(self) -> None:
         layout = solve_local(self._space, self._budget, self._scorer.stage2_losses())
         self._reporter.say(
             "stage2_local is a sum over single layers: solved exactly, nothing to search"
         )
-        if all(trial.layout != layout for trial in self._ledger.trials):
+        if not self._ledger.has_trial(layout):
             with self._reporter.stage("search", total=1, unit="layout") as task:
-                self._trial(Proposal(layout=layout, proposed_by="exact"), task)
+                while self._score_free([Proposal(layout=layout, proposed_by="exact")], task):
+                    self._wait(task)
 
     def _baseline(
         self, entry: str, selector: Selector | None, looked: set[Layout], task: Task
@@ -264,11 +292,12 @@ class _Study:
         return selector.layouts(self._context(entry, looked, task))
 
     def _propose(self, strategy: Strategy, task: Task) -> Proposal | None:
-        proposal = strategy.propose(self._context(strategy.label, set(), task))
+        context = self._context(strategy.label, set(), task)
+        proposal = strategy.propose(context)
         if proposal is not None:
             self._space.check(proposal.layout)
             self._budget.check(proposal.layout)
-            if any(trial.layout == proposal.layout for trial in self._ledger.trials):
+            if proposal.layout in context.seen:
                 raise RegistryError(
                     f"strategy {strategy.label!r} proposed a layout that is scored already: "
                     f"{proposal.layout.strip(self._space.symbols)}"
@@ -276,109 +305,82 @@ class _Study:
         return proposal
 
     def _context(self, name: str, looked: set[Layout], task: Task) -> SearchContext:
+        ledger = self._ledger
+
+        def score(layout: Layout) -> None:
+            self._space.check(layout)
+            if ledger.run_probe(layout, self._scorer.score, charged_to=name):
+                task.advance(1)
+
         def probe(layout: Layout) -> Score:
             looked.add(layout)
-            score = self._ledger.score_of(layout)
-            if score is None:
-                self._space.check(layout)
-                score = self._scorer.score(layout)
-                self._ledger.add_probe(layout, score, charged_to=name)
-                task.advance(1)
-            return score
+            while (found := ledger.score_of(layout)) is None:
+                if ledger.is_busy(layout):
+                    self._wait(task)
+                else:
+                    score(layout)
+            return found
+
+        def prepare(layouts: Sequence[Layout]) -> None:
+            if ledger.alone:
+                return
+            self._look(task)
+            while free := [x for x in layouts if not ledger.score_of(x) and not ledger.is_busy(x)]:
+                # All workers are here at the same time, so they do not all take the first.
+                score(self._chance.choice(free) if self._salt() else free[0])
+                self._look(task)
 
         return SearchContext(
             space=self._space,
             budget=self._budget,
             weights=self._config.search.objective,
-            finished=[(trial.layout, trial.value) for trial in self._ledger.trials],
-            pending=[],
+            finished=[(trial.layout, trial.value) for trial in ledger.trials],
+            pending=list(ledger.pending),
             seed=self._seed(),
             probe=probe,
+            prepare=prepare,
             stage2_losses=self._scorer.stage2_losses,
         )
 
-    def _trial(self, proposal: Proposal, task: Task) -> None:
+    def _score_free(self, proposals: Sequence[Proposal], task: Task) -> bool:
+        """Score layouts that have no trial and that nobody is scoring; are some left to others?"""
+        for proposal in proposals:
+            layout = proposal.layout
+            if not self._ledger.has_trial(layout) and layout not in self._ledger.pending:
+                self._trial(proposal, task)
+        return not all(self._ledger.has_trial(proposal.layout) for proposal in proposals)
+
+    def _trial(self, proposal: Proposal, task: Task, *, limit: int | None = None) -> None:
         self._ledger.run_trial(
             proposal.layout,
             self._scorer.score,
             proposed_by=proposal.proposed_by,
             seed=self._seed(),
             provenance=self._provenance(proposal.layout),
+            limit=limit,
         )
-        best = min(self._ledger.trials, key=lambda trial: (trial.value, trial.number))
-        strip = best.layout.strip(self._space.symbols)
-        task.advance(1, value=best.value, best=strip)
+        self._show(task)
+
+    def _wait(self, task: Task) -> None:
+        time.sleep(self._pace.look_every)
+        self._look(task)
+
+    def _look(self, task: Task) -> None:
+        self._ledger.refresh()
+        self._show(task)
+
+    def _show(self, task: Task) -> None:
+        trials = self._ledger.trials
+        if more := len(trials) - self._shown:
+            self._shown = len(trials)
+            best = min(trials, key=lambda trial: (trial.value, trial.number))
+            task.advance(more, value=best.value, best=best.layout.strip(self._space.symbols))
 
     def _seed(self) -> int:
-        return trial_seed(self._config.seed, len(self._ledger.trials))
+        return trial_seed(self._config.seed, len(self._ledger.trials), self._salt())
 
-
-@contextmanager
-def _open(
-    config: StudyConfig, space: SearchSpace, *, run_dir: Path | None, begin: bool
-) -> Iterator[Ledger]:
-    search = config.search
-    where = search.storage or (str(run_dir / "study.db") if run_dir else "memory")
-    with storage_errors(where):
-        storage = open_storage(search.storage, run_dir=run_dir)
-        try:
-            yield Ledger(
-                config.name,
-                space=space,
-                weights=search.objective,
-                storage=storage,
-                settings=_settings(config, space),
-                begin=begin,
-            )
-        finally:
-            storage.remove_session()
-
-
-def _settings(config: StudyConfig, space: SearchSpace) -> dict[str, Any]:
-    # What decides which layouts are scored, and on what. Where the weights come from is the bank's
-    # business, and each trial's provenance names it.
-    flat = flatten(config)
-    keys = ["seed", "budget.attention_layers"]
-    keys += [f"search.{key}" for key in ("strategy", "objective", "baselines")]
-    keys += [f"search.{key}" for key in ("tokens", "evaluation")]
-    return {key: flat[key] for key in keys} | {
-        "space.candidates": list(space.candidates),
-        "space.pinned": {str(layer): name for layer, name in sorted(space.pinned.items())},
-        "number of layers": space.num_layers,
-    }
-
-
-def _result(config: StudyConfig, space: SearchSpace, budget: Budget, ledger: Ledger) -> StudyResult:
-    notes = ledger.notes()
-    return StudyResult(
-        name=config.name,
-        space=space,
-        budget=budget,
-        weights=dict(config.search.objective),
-        trials=tuple(ledger.trials),
-        probes=tuple(ledger.probes),
-        baselines={label: Layout(tuple(n)) for label, n in notes.get("baselines", {}).items()},
-        asked=notes.get("asked", {}),
-        solved=_is_solved(config.search),
-    )
-
-
-def _baselines(config: SearchConfig) -> dict[str, Selector | None]:
-    # Label -> selector, each once; None where a layout is named.
-    found: dict[str, Selector | None] = {}
-    known = strategy_names()
-    for entry in config.baselines:
-        if isinstance(entry, str) and entry not in known:
-            found[entry] = None
-        else:
-            selector = build_strategy(entry)
-            assert isinstance(selector, Selector)
-            found[selector.label] = selector
-    return found
-
-
-def _is_solved(config: SearchConfig) -> bool:
-    return set(config.objective) == {"stage2_local"}
+    def _salt(self) -> str:
+        return self._worker.salt(alone=not self._ledger.pending and not self._ledger.probing)
 
 
 def _looks_like_layout(text: str) -> bool:

@@ -40,12 +40,7 @@ from mohawk_nas.recall import recall
 from mohawk_nas.reporting import screen
 from mohawk_nas.runs import provenance
 from mohawk_nas.search.objectives import BankScorer
-from mohawk_nas.search.strategy import (
-    SearchContext,
-    Selector,
-    build_strategy,
-    strategy_names,
-)
+from mohawk_nas.search.strategy import SearchContext, named_baselines
 
 DIGITS = 6
 """Of the figures in the table."""
@@ -216,13 +211,11 @@ def picks(bench: Workbench, scorer: BankScorer) -> Iterator[tuple[str, Layout]]:
         probe=scorer.score,
         stage2_losses=scorer.stage2_losses,
     )
-    for entry in bench.config.search.baselines:
-        if isinstance(entry, str) and entry not in strategy_names():
-            yield entry, bench.space.parse(entry)
-            continue
-        selector = build_strategy(entry)
-        assert isinstance(selector, Selector)
-        yield from selector.layouts(context)
+    for label, selector in named_baselines(bench.config.search.baselines).items():
+        if selector is None:
+            yield label, bench.space.parse(label)
+        else:
+            yield from selector.layouts(context)
 
 
 def distil(

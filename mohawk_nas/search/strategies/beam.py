@@ -46,9 +46,9 @@ class Beam(Selector):
             return [layer for layer in free if (layer in moved) == adding]
 
         def best(found: set[frozenset[int]]) -> list[frozenset[int]]:
-            values = {
-                moved: context.value(context.keeping(kept(moved))) for moved in _sorted(found)
-            }
+            values = context.values(
+                {moved: context.keeping(kept(moved)) for moved in _sorted(found)}
+            )
             # Of two equal ones that with the lower layers.
             return sorted(values, key=lambda moved: (values[moved], sorted(moved)))
 

@@ -31,12 +31,11 @@ class Ranking(Selector):
             layout = solve_local(context.space, context.budget, context.stage2_losses())
         elif self.score == "swap_one":
             others = {layer: [other for other in free if other != layer] for layer in free}
-            harm = {layer: context.value(context.keeping(others[layer])) for layer in free}
+            harm = context.values({layer: context.keeping(others[layer]) for layer in free})
             layout = context.keep_top(harm)
         else:
-            layout = context.keep_top(
-                {layer: -context.value(context.keeping([layer])) for layer in free}
-            )
+            value = context.values({layer: context.keeping([layer]) for layer in free})
+            layout = context.keep_top({layer: -v for layer, v in value.items()})
         return [(self.label, layout)]
 
     def num_probes(self, space: SearchSpace, budget: Budget) -> int:

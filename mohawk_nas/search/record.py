@@ -1,0 +1,113 @@
+"""A study's record: its ledger opened where the study is kept, and what it holds as a result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mohawk_nas.config import SearchConfig, StudyConfig, flatten
+from mohawk_nas.errors import RunError
+from mohawk_nas.layout import Layout
+from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.leases import DEFAULT_PACE, Leases, Pace, Worker
+from mohawk_nas.search.ledger import Ledger
+from mohawk_nas.search.result import StudyResult
+from mohawk_nas.search.space import SearchSpace
+from mohawk_nas.search.storages import is_shared, locate_study, opened
+from mohawk_nas.search.strategy import named_baselines
+
+__all__ = ["is_solved", "load_result", "open_ledger", "study_result"]
+
+
+def load_result(
+    config: StudyConfig, space: SearchSpace, budget: Budget, *, run_dir: Path
+) -> StudyResult:
+    """The result of a study as far as it has run, without scoring anything.
+
+    Raises:
+        RunError: There is no such study, or not one trial of it has finished.
+    """
+    paths = [run_dir / "study.db", run_dir / "study.journal"]
+    if config.search.storage is None and not any(path.is_file() for path in paths):
+        raise RunError(f"{paths[0]}: must hold a study, but there is none; run `search` first")
+    with open_ledger(config, space, run_dir=run_dir, begin=False) as ledger:
+        if not ledger.trials:
+            raise RunError(f"study {config.name!r}: no layout is scored yet; run `search` first")
+        return study_result(config, space, budget, ledger)
+
+
+@contextmanager
+def open_ledger(
+    config: StudyConfig,
+    space: SearchSpace,
+    *,
+    run_dir: Path | None,
+    begin: bool,
+    identity: Mapping[str, Any] | None = None,
+    worker: Worker | None = None,
+    pace: Pace = DEFAULT_PACE,
+) -> Iterator[Ledger]:
+    """A study's ledger, for the length of the block; arguments as of ``run_study``."""
+    search = config.search
+    url = locate_study(search.storage, run_dir=run_dir)
+    if begin and run_dir is not None and search.storage is None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    # The run's own folder is locked by whoever works in it.
+    with opened(url, lock=begin and search.storage is not None) as storage:
+        leases = Leases(storage, worker or Worker(), pace=pace, alone=not is_shared(url))
+        yield Ledger(
+            config.name,
+            space=space,
+            weights=search.objective,
+            storage=storage,
+            leases=leases,
+            settings=_settings(config, space),
+            identity=identity,
+            begin=begin,
+        )
+
+
+def study_result(
+    config: StudyConfig, space: SearchSpace, budget: Budget, ledger: Ledger
+) -> StudyResult:
+    """What a ledger holds, as a result."""
+    notes = ledger.notes()
+    # Earlier versions kept all in two notes.
+    baselines, asked = dict(notes.get("baselines", {})), dict(notes.get("asked", {}))
+    for label in named_baselines(config.search.baselines):
+        note = notes.get(f"baseline {label}", {"layouts": {}, "asked": 0})
+        baselines |= note["layouts"]
+        if note["asked"]:
+            asked[label] = note["asked"]
+    return StudyResult(
+        name=config.name,
+        space=space,
+        budget=budget,
+        weights=dict(config.search.objective),
+        trials=tuple(ledger.trials),
+        probes=tuple(ledger.probes),
+        baselines={label: Layout(tuple(names)) for label, names in baselines.items()},
+        asked=asked,
+        solved=is_solved(config.search),
+    )
+
+
+def is_solved(config: SearchConfig) -> bool:
+    """Whether the optimum is computed instead of searched."""
+    return set(config.objective) == {"stage2_local"}
+
+
+def _settings(config: StudyConfig, space: SearchSpace) -> dict[str, Any]:
+    # What decides which layouts are scored, and on what. Where the weights come from is the bank's
+    # business, and each trial's provenance names it.
+    flat = flatten(config)
+    keys = ["seed", "budget.attention_layers"]
+    keys += [f"search.{key}" for key in ("strategy", "objective", "baselines")]
+    keys += [f"search.{key}" for key in ("tokens", "evaluation")]
+    return {key: flat[key] for key in keys} | {
+        "space.candidates": list(space.candidates),
+        "space.pinned": {str(layer): name for layer, name in sorted(space.pinned.items())},
+        "number of layers": space.num_layers,
+    }
