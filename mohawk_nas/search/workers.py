@@ -212,7 +212,10 @@ def run_crew(
         ):
             told: list[str] = []
             shown = len(trials), len(ledger.probes)
-            while crew.working:
+            working = True
+            while working:
+                # Asked first: one that ends while this looks is told of in the next round.
+                working = crew.working
                 for text in crew.wait(pace.look_every):
                     told.append(text)
                     reporter.say(f"{text}{'; the others go on' if crew.working else ''}")
