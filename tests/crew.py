@@ -43,6 +43,8 @@ if __name__ == "__main__":
 
     from mohawk_nas.search.workers import Crew
 
+    # A shell's background jobs are started deaf to Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Crew(crew.endless, (Path(sys.argv[1]),), environments=[{}]) as members:
         while members.working:
             members.wait(1)
