@@ -12,16 +12,16 @@ import dataclasses
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from mohawk_nas.config import StudyConfig, plain
 from mohawk_nas.data import load_blocks
-from mohawk_nas.distill.several import distil_layouts
+from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.errors import ConfigError, RunError
 from mohawk_nas.files import RowFile, read_json, write_json
 from mohawk_nas.layout import ATTENTION, Layout
@@ -35,11 +35,17 @@ from mohawk_nas.search import statistics
 from mohawk_nas.search.result import StudyResult
 from mohawk_nas.search.statistics import Fit, Interval, Regret
 
-__all__ = ["AuditReport", "Trust", "audit", "choose_layouts", "expected_interval", "swaps"]
+__all__ = [
+    "AuditReport",
+    "Trust",
+    "audit",
+    "choose_layouts",
+    "expected_interval",
+    "measure_on",
+    "swaps",
+]
 
 TENTHS = 10
-AT_ONCE = 4
-"""Students trained side by side."""
 FEWEST = 12
 """Layouts below which no correlation is told."""
 GUESS = 0.8
@@ -105,10 +111,10 @@ def audit(
 
     Args:
         config: The study; ``distill.logits`` is the recipe.
-        hours: No distillation is begun after so long; those of earlier commands count as well.
+        hours: No distillation is begun after so long. What earlier commands distilled is kept.
         tokens: Of stage 3 for each layout and seed.
         seeds: Distillations of each layout.
-        layouts: To distil; None as many as there is time for.
+        layouts: To distil, and what the baselines name besides; None as many as there is time for.
         reporter: Told what happens.
 
     Returns:
@@ -181,6 +187,23 @@ def choose_layouts(
     return chosen
 
 
+def measure_on(
+    bench: Workbench, split: Literal["validation", "test"]
+) -> Callable[[Any], dict[str, Any]]:
+    """What a distilled student is measured by: KL of each block, cross-entropy, recall."""
+    probe = bench.probe(split)
+
+    def measure(model: Any) -> dict[str, Any]:
+        figures = evaluate_blocks(bench.teacher, model, bench.blocks[split])
+        return {
+            "kl_blocks": list(figures.kl),
+            "cross_entropy": figures.mean_cross_entropy,
+            "recall": None if probe is None else recall(model, probe),
+        }
+
+    return measure
+
+
 def swaps(layout: Layout, free: Sequence[int]) -> Iterator[Layout]:
     """Layouts that move one attention layer among the free ones."""
     for kept in sorted(set(layout.attention_layers) & set(free)):
@@ -232,19 +255,14 @@ def _distil(
     needed = max(tokens, config.data.block_size)
     train = load_blocks(config.data, bench.teacher.tokenizer, needed={"bank": needed})["bank"]
     recipe = dataclasses.replace(config.distill.logits, tokens=tokens)
-    probe = bench.probe("validation")
     bench.bank.train(bench.space.replaceable, reporter=reporter)
-
-    def measure(model: Any) -> dict[str, Any]:
-        figures = evaluate_blocks(bench.teacher, model, bench.blocks["validation"])
-        share = None if probe is None else recall(model, probe)
-        return {"kl_blocks": list(figures.kl), "recall": share}
+    measure, at_once = measure_on(bench, "validation"), students_at_once(bench.teacher)
 
     told = False
-    for start in range(0, len(chosen), AT_ONCE):
+    for start in range(0, len(chosen), at_once):
         for seed in range(seeds):
             done = {tuple(row["layout"]) for row in rows.find(seed=seed)}
-            group = [x for x in chosen[start : start + AT_ONCE] if x.candidates not in done]
+            group = [x for x in chosen[start : start + at_once] if x.candidates not in done]
             if not group:
                 continue
             began = time.perf_counter()
@@ -283,14 +301,15 @@ def _report(result: StudyResult, rows: Sequence[Mapping[str, Any]], *, tokens: i
     by_layout: dict[Layout, list[Mapping[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: int(row["seed"])):
         by_layout.setdefault(Layout(tuple(row["layout"])), []).append(row)
-    seeds = max(map(len, by_layout.values()), default=0)
-    # Those that all seeds have been through: the others would be noisier.
-    whole = {layout: found for layout, found in by_layout.items() if len(found) == seeds}
-    if len(whole) < FEWEST:
+    # As many seeds as enough layouts have been through; fewer would be noisier.
+    counts = sorted(map(len, by_layout.values()), reverse=True)
+    if len(counts) < FEWEST:
         raise RunError(
-            f"only {len(whole)} layouts are distilled with {seeds} seeds, and {FEWEST} are needed "
-            "to say anything; run again with more --hours"
+            f"only {len(counts)} layouts are distilled, and {FEWEST} are needed to say anything; "
+            "run again with more --hours"
         )
+    seeds = counts[FEWEST - 1]
+    whole = {layout: found[:seeds] for layout, found in by_layout.items() if len(found) >= seeds}
     layouts = list(whole)
     # (N, S, B)
     blocks = np.array([[row["kl_blocks"] for row in whole[layout]] for layout in layouts])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -144,7 +144,8 @@ def make_probe(
             )
             if recall(teacher.model, probe) < SOLVED:
                 break
-            found = _with_tokens(probe, rows[:num_sequences], teacher)
+            probe = replace(probe, tokens=rows[:num_sequences])
+            found = replace(probe, teacher_recall=recall(teacher.model, probe))
     return found
 
 
@@ -157,12 +158,6 @@ def recall(model: Any, probe: RecallProbe) -> float:
         tokens = rows.to(device)
         shares.append(probe.right(model, body(model, tokens), tokens))
     return torch.cat(shares).mean().item()
-
-
-def _with_tokens(probe: RecallProbe, tokens: Tensor, teacher: Teacher) -> RecallProbe:
-    whole = {name: getattr(probe, name) for name in ("split", "template", "num_pairs", "positions")}
-    probe = RecallProbe(**whole, tokens=tokens, teacher_recall=0.0)
-    return RecallProbe(**whole, tokens=tokens, teacher_recall=recall(teacher.model, probe))
 
 
 def _rows(

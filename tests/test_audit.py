@@ -1,5 +1,6 @@
 """An audit of a finished search on a tiny teacher of six layers."""
 
+import dataclasses
 import json
 import math
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from mohawk_nas.audit import audit, choose_layouts, expected_interval, swaps
 from mohawk_nas.cli import app
 from mohawk_nas.config import dump
-from mohawk_nas.errors import RunError
+from mohawk_nas.errors import InputError, RunError
 from mohawk_nas.layout import Layout
 from mohawk_nas.pipeline import search
 from mohawk_nas.reporting import SILENT
@@ -70,6 +71,18 @@ def test_an_audit_goes_on_and_reports(study, tmp_path):
     assert again == report and rows_of(study) == rows
     with pytest.raises(RunError, match="an audit with another tokens"):
         audit(study, hours=1, tokens=512)
+    # A third seed of a few layouts does not take the others' two away.
+    with (study.run_dir / "audit" / "distilled.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({**row, "seed": 2}) + "\n" for row in rows[:3])
+    report, _ = audit(study, hours=0, tokens=256)
+    assert (report.layouts, report.seeds) == (20, 2)
+
+
+def test_tokens_of_less_than_a_step_are_refused(study, tmp_path):
+    config = dataclasses.replace(study, output=str(tmp_path))
+    search(config)
+    with pytest.raises(InputError, match="at least one step of 64 tokens"):
+        audit(config, hours=1, tokens=63)
 
 
 def test_the_command_prints_what_was_found(study, tmp_path):

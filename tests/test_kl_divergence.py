@@ -37,9 +37,9 @@ def logits_of(
 
 def naive(teacher, student, temperature):
     """In float64, from the definition; what the teacher rules out counts nothing."""
-    p, q = ((logits / temperature).softmax(-1) for logits in (teacher, student))
-    terms = torch.where(p > 0, p * (p.log() - (student / temperature).log_softmax(-1)), 0)
-    return terms.sum(-1) if not q.isnan().any() else q
+    p = (teacher / temperature).softmax(-1)
+    terms = p * (p.log() - (student / temperature).log_softmax(-1))
+    return torch.where(p > 0, terms, 0).sum(-1)
 
 
 def errors(backend, *, temperature=1.0, **settings):

@@ -6,20 +6,38 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
+
 from mohawk_nas.config import LogitsConfig
 from mohawk_nas.data import BlockOrder, TokenBlocks
 from mohawk_nas.distill.logits import LogitsTrainer
 from mohawk_nas.distill.optimizer import MAX_BAD_STEPS, learning_rate
 from mohawk_nas.distill.trainer import READ_EVERY, num_steps
-from mohawk_nas.errors import TrainingError
+from mohawk_nas.errors import InputError, TrainingError
 from mohawk_nas.layout import Layout
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.student import MixerSource, assemble
 from mohawk_nas.teacher import Teacher
 
-__all__ = ["distil_layouts"]
+__all__ = ["distil_layouts", "students_at_once"]
 
 T = TypeVar("T")
+
+MOST_AT_ONCE = 4
+"""Beyond so many the teacher's forward pass that they share saves next to nothing."""
+BYTES_A_PARAMETER = 20
+
+
+def students_at_once(teacher: Teacher) -> int:
+    """How many students to train side by side: four, or what half of a GPU's free memory holds.
+
+    Of each parameter there are the weight, its master, both gradients and two moments.
+    """
+    if teacher.device.type != "cuda":
+        return MOST_AT_ONCE
+    each: int = BYTES_A_PARAMETER * sum(p.numel() for p in teacher.model.parameters())
+    free, _ = torch.cuda.mem_get_info(teacher.device)
+    return max(1, min(MOST_AT_ONCE, int(free) // (2 * each)))
 
 
 def distil_layouts(
@@ -48,15 +66,21 @@ def distil_layouts(
         reporter: Shown the steps.
 
     Raises:
+        InputError: The tokens are fewer than one step's.
         TrainingError: Gradients were not finite too often.
     """
     if not config.tokens:
         return [measure(assemble(teacher, layout, bank)) for layout in layouts]
+    size = config.batch_size * config.accumulate * train.tokens.shape[1]
+    steps = num_steps(config, train.tokens.shape[1]) // config.accumulate
+    if not steps:
+        raise InputError(
+            f"stage 3: tokens must be 0 or at least one step of {size:,} tokens (batch_size * "
+            f"accumulate * data.block_size), but got {config.tokens:,}"
+        )
     students = [assemble(teacher, layout, bank, share=False).float() for layout in layouts]
     trainer = LogitsTrainer(teacher, students, config)
     order = BlockOrder(len(train), batch_size=config.batch_size, seed=seed * 16 + 2)
-    steps = num_steps(config, train.tokens.shape[1]) // config.accumulate
-    size = config.batch_size * config.accumulate * train.tokens.shape[1]
     bad = [0] * len(layouts)
     try:
         with reporter.stage("stage 3 (logits)", total=steps, unit="step") as task:

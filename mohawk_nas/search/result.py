@@ -43,7 +43,7 @@ class Trial:
     """A distinct layout on the budget that has been scored."""
 
     number: int
-    """Place in the order of scoring, counted from 0."""
+    """Place in the order in which they were begun, counted from 0."""
     layout: Layout
     score: Score
     value: float

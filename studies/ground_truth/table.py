@@ -18,25 +18,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mohawk_nas.audit import choose_layouts, swaps
+from mohawk_nas.audit import choose_layouts, measure_on, swaps
 from mohawk_nas.config import OBJECTIVES, StudyConfig, load_study, plain
 from mohawk_nas.data import load_blocks
-from mohawk_nas.distill.several import distil_layouts
+from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.errors import InputError, MohawkError
 from mohawk_nas.files import RowFile
 from mohawk_nas.layout import Layout
-from mohawk_nas.metrics import evaluate_blocks
 from mohawk_nas.pipeline import Workbench
 from mohawk_nas.plan import find_problems
-from mohawk_nas.recall import recall
 from mohawk_nas.reporting import screen
 from mohawk_nas.runs import provenance
 from mohawk_nas.search.objectives import BankScorer
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=numbers, default=[0], help="budgets of stage 3, e.g. 0,1M,4M")
     add("--seeds", type=numbers, default=[0], help="of stage 3, e.g. 0,1,2")
     add("--seeds-of", type=int, help="layouts that get the seeds after the first; all")
-    add("--at-once", type=int, default=4, help="students trained side by side")
+    add("--at-once", type=int, help="students trained side by side; as memory allows")
     add("--part", type=part, default=(0, 1), help="1/2 and 2/2 share the work of two processes")
     add("--minutes", type=float, default=float("inf"), help="begin nothing after so long")
     return parser.parse_intermixed_args(argv)
@@ -208,7 +208,8 @@ def picks(bench: Workbench, scorer: BankScorer) -> Iterator[tuple[str, Layout]]:
         finished=[],
         pending=[],
         seed=bench.config.seed,
-        probe=scorer.score,
+        # Selectors look at the same layouts again and again.
+        probe=functools.cache(scorer.score),
         stage2_losses=scorer.stage2_losses,
     )
     for label, selector in named_baselines(bench.config.search.baselines).items():
@@ -229,15 +230,17 @@ def distil(
     config, reporter = bench.config, bench.reporter
     longest = max(*args.tokens, config.data.block_size)
     train = load_blocks(config.data, bench.teacher.tokenizer, needed={"bank": longest})["bank"]
-    probe = bench.probe("test")
+    at_once = args.at_once or students_at_once(bench.teacher)
+    test = measure_on(bench, "test")
 
     def measure(model: Any) -> dict[str, Any]:
-        figures = evaluate_blocks(bench.teacher, model, bench.blocks["test"])
+        figures = test(model)
+        blocks, share = figures["kl_blocks"], figures["recall"]
         return {
-            "kl": round(figures.mean_kl, DIGITS),
-            "cross_entropy": round(figures.mean_cross_entropy, DIGITS),
-            "recall": None if probe is None else round(recall(model, probe), DIGITS),
-            "kl_blocks": [round(value, 5) for value in figures.kl],
+            "kl": round(statistics.fmean(blocks), DIGITS),
+            "cross_entropy": round(figures["cross_entropy"], DIGITS),
+            "recall": None if share is None else round(share, DIGITS),
+            "kl_blocks": [round(value, 5) for value in blocks],
         }
 
     for seed in args.seeds:
@@ -250,10 +253,10 @@ def distil(
             # Shares are cut before what is done is left out, so that no two processes take one.
             mine = some[args.part[0] :: args.part[1]]
             left = [pair for pair in mine if name_of(pair[1]) not in done]
-            for start in range(0, len(left), args.at_once):
+            for start in range(0, len(left), at_once):
                 if time.perf_counter() > until:
                     return
-                group = left[start : start + args.at_once]
+                group = left[start : start + at_once]
                 reporter.say(
                     f"seed {seed}, {tokens:,} tokens: {start} of {len(left)} layouts are done"
                 )
