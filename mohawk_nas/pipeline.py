@@ -256,11 +256,12 @@ def search(
 def _search(bench: Workbench, *, workers: int) -> tuple[StudyResult, Path]:
     config, reporter = bench.config, bench.reporter
     claim_identity(config.run_dir, bench.identity)
+    # What this teacher cannot be scored by is told before the bank is trained.
+    study = bench.study
     _train_bank(bench)
     if workers == 1:
         result = _score(bench, worker=None)
     else:
-        study = bench.study
         # This process scores nothing, so what it holds of a GPU is its workers'.
         bench.release()
         url = locate_study(config.search.storage, run_dir=config.run_dir, workers=workers)

@@ -217,8 +217,13 @@ def test_a_study_leaves_recall_out_where_the_teacher_has_none(tmp_path):
     alone = dataclasses.replace(
         study, search=dataclasses.replace(study.search, objective={"recall": 1.0})
     )
+    # Told before anything is trained.
+    alone = dataclasses.replace(
+        alone, name="alone", bank=dataclasses.replace(alone.bank, path=str(tmp_path / "other"))
+    )
     with pytest.raises(TeacherError, match="solves no recall probe"):
-        _ = Workbench(alone).study
+        search(alone)
+    assert not (tmp_path / "other").exists()
 
 
 def test_all_attention_loses_nothing(bench):
