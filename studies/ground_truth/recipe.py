@@ -1,0 +1,175 @@
+"""Tries recipes of stage 3 on a few layouts, to find the one that a table of ground truth uses.
+
+    python studies/ground_truth/recipe.py STUDY.yaml --try lr=3e-4 lr=1e-3,batch_size=4 \\
+        --tokens 1M,4M
+
+The study is the table's, and `--try` names what differs from its `distill.logits`. Some layouts of
+the budget are scored undistilled; those distilled stand at equal distances in the middle eight
+tenths of their order. They are measured on the validation split, since a recipe chosen by the test
+split would flatter what is tested. Of each recipe and budget: mean KL and recall, the change of KL
+in each layout, and the rank correlation with the recipe's largest budget. The rows are written to
+`--out`, and the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from table import all_or_some, name_of, numbers
+
+from mohawk_nas.audit import measure_on
+from mohawk_nas.config import LogitsConfig, StudyConfig, load_study
+from mohawk_nas.data import load_blocks
+from mohawk_nas.distill.several import distil_layouts, students_at_once
+from mohawk_nas.errors import InputError, MohawkError
+from mohawk_nas.files import RowFile
+from mohawk_nas.pipeline import Workbench
+from mohawk_nas.plan import find_problems
+from mohawk_nas.reporting import screen
+from mohawk_nas.search.objectives import BankScorer
+from mohawk_nas.search.statistics import spearman
+
+SCORED = 200
+"""Layouts from whose order some are taken."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("study", type=Path)
+    add("overrides", nargs="*", help="changes to the study, e.g. seed=1")
+    add("--try", dest="recipes", nargs="+", default=[""], help="e.g. lr=1e-3,batch_size=4")
+    add("--tokens", type=numbers, default=[1_048_576], help="budgets of stage 3, e.g. 1M,4M")
+    add("--layouts", type=int, default=8)
+    add("--seeds", type=numbers, default=[0], help="of stage 3, e.g. 0,1")
+    add("--out", type=Path, help="studies/ground_truth/recipe_NAME.jsonl")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        config = load_study(args.study, args.overrides)
+        if problems := find_problems(config):
+            raise InputError("\n".join(problems))
+        out = args.out or Path(__file__).parent / f"recipe_{config.name}.jsonl"
+        rows = RowFile(out)
+        measure_all(config, rows, args)
+        show(rows)
+    except MohawkError as error:
+        print(f"recipe: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure_all(config: StudyConfig, rows: RowFile, args: argparse.Namespace) -> None:
+    """Every recipe, budget and seed that the rows lack."""
+    reporter = screen.reporter()
+    bench = Workbench(config, reporter)
+    bench.bank.train(bench.space.replaceable, reporter=reporter)
+    scorer = BankScorer(
+        bench.teacher,
+        bench.bank,
+        bench.blocks["search"],
+        pairs=bench.space.replaceable,
+        weights={"kl": 1.0},
+        batch_size=config.search.batch_size,
+    )
+    some = all_or_some(bench, SCORED)
+    ranked = sorted(some, key=lambda layout: scorer.score(layout).mean("kl"))
+    del scorer
+    places = np.linspace(0.1, 0.9, args.layouts) * (len(ranked) - 1)
+    layouts = [ranked[round(place)] for place in places]
+    longest = max(*args.tokens, config.data.block_size)
+    train = load_blocks(config.data, bench.teacher.tokenizer, needed={"bank": longest})["bank"]
+    measure, at_once = measure_on(bench, "validation"), students_at_once(bench.teacher)
+    for recipe in ["undistilled", *args.recipes]:
+        for tokens in [0] if recipe == "undistilled" else sorted(args.tokens):
+            logits = changed(config.distill.logits, recipe, tokens)
+            for seed in args.seeds if tokens else [0]:
+                row = {"recipe": recipe, "tokens": tokens, "seed": seed}
+                done = {found["layout"] for found in rows.find(**row)}
+                left = [layout for layout in layouts if name_of(layout) not in done]
+                for start in range(0, len(left), at_once):
+                    group, began = left[start : start + at_once], time.perf_counter()
+                    found = distil_layouts(
+                        bench.teacher,
+                        group,
+                        bench.bank,
+                        train=train,
+                        config=logits,
+                        seed=seed,
+                        measure=measure,
+                        reporter=reporter,
+                    )
+                    seconds = round((time.perf_counter() - began) / len(group), 2)
+                    for layout, figures in zip(group, found, strict=True):
+                        kl = round(statistics.fmean(figures["kl_blocks"]), 6)
+                        named = {"layout": name_of(layout), "kl": kl, "recall": figures["recall"]}
+                        rows.add(row | named | {"seconds": seconds})
+
+
+def changed(logits: LogitsConfig, recipe: str, tokens: int) -> LogitsConfig:
+    """Stage 3 with what a recipe names."""
+    values: dict[str, Any] = {"tokens": tokens}
+    if recipe != "undistilled":
+        for part in filter(None, recipe.split(",")):
+            name, _, text = part.partition("=")
+            kind = type(getattr(logits, name, None))
+            if kind not in (int, float, str):
+                raise InputError(f"--try: {name} must be a number or word of distill.logits")
+            values[name] = kind(text)
+    return dataclasses.replace(logits, **values)
+
+
+def show(rows: RowFile) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("recipe", "tokens", "KL", "KL change", "recall", "rank corr.", "s a layout"):
+        table.add_column(column, justify="left" if column == "recipe" else "right")
+    before = means(rows, "undistilled", 0, "kl")
+    for recipe in dict.fromkeys(row["recipe"] for row in rows.rows):
+        budgets = sorted({row["tokens"] for row in rows.find(recipe=recipe)})
+        last = means(rows, recipe, budgets[-1], "kl")
+        for tokens in budgets:
+            kl = means(rows, recipe, tokens, "kl")
+            shared = [layout for layout in kl if layout in last and layout in before]
+            if not shared:
+                continue
+            changes = [kl[layout] / before[layout] - 1 for layout in shared]
+            order = spearman(
+                np.array([kl[layout] for layout in shared]),
+                np.array([last[layout] for layout in shared]),
+            )
+            found = [row for row in rows.find(recipe=recipe, tokens=tokens)]
+            shares = [row["recall"] for row in found if row["recall"] is not None]
+            table.add_row(
+                recipe or "the study's",
+                f"{tokens:,}",
+                f"{statistics.fmean(kl.values()):.4f}",
+                f"{min(changes):+.0%} to {max(changes):+.0%}",
+                f"{statistics.fmean(shares):.1%}" if shares else "",
+                f"{order.value:.2f}",
+                f"{statistics.fmean(row['seconds'] for row in found):.1f}",
+            )
+    Console().print(table)
+
+
+def means(rows: RowFile, recipe: str, tokens: int, figure: str) -> dict[str, float]:
+    """Layout -> mean over seeds."""
+    found: dict[str, list[float]] = {}
+    for row in rows.find(recipe=recipe, tokens=tokens):
+        found.setdefault(row["layout"], []).append(row[figure])
+    return {layout: statistics.fmean(values) for layout, values in found.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
