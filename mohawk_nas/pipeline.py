@@ -124,7 +124,7 @@ class Workbench:
         """What every score of this study depends on beyond its settings."""
         keys = [self.bank.key(*pair) for pair in self.space.replaceable]
         probe = self.probe("search") if "recall" in self.config.search.objective else None
-        asked = {"recall probe": f"{probe}"} if probe else {}
+        asked = {"recall probe": f"{probe}, {probe.fingerprint}"} if probe else {}
         return asked | {
             "teacher": self.teacher.fingerprint,
             "type of the teacher's weights": str(self.teacher.model.dtype),

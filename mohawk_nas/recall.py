@@ -3,7 +3,9 @@
 A sequence names N pairs of a key and a value, then asks for some of them: the key comes once more,
 and the next token must be its value. The other pairs are distractors. Keys and values are words
 drawn at random, so nothing else in the text tells. Each split has templates and words of its own:
-what a search was led by is not what its result is judged by.
+what a search was led by is not what its result is judged by. A sequence begins as a document does:
+many models attend to the first token wherever there is nothing to look up, and without the one they
+know there they recall next to nothing.
 
 A probe is made for the teacher at hand, as hard as it still solves. What it does not solve it
 cannot teach, and its students' answers would be noise.
@@ -13,6 +15,7 @@ S sequences, T tokens, Q scored questions a sequence.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -85,6 +88,11 @@ class RecallProbe:
         """For people: what is asked."""
         return f"{self.num_pairs} pairs '{self.template}'"
 
+    @property
+    def fingerprint(self) -> str:
+        """What is asked, as a hash: two probes that print alike may hold other words."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:16]
+
     def batches(self, size: int) -> Iterator[Tensor]:
         """Sequences ``(B, T)``, ``size`` at a time."""
         yield from self.tokens.split(size)
@@ -119,7 +127,7 @@ def make_probe(
     Returns:
         None if it solves none.
     """
-    words = _words(teacher, split)
+    words, start = _words(teacher, split), _start(teacher)
     found: RecallProbe | None = None
     for template in TEMPLATES[split]:
         glue = _glue(teacher, template)
@@ -131,7 +139,8 @@ def make_probe(
             if 2 * num_pairs > len(words):
                 break
             rng = random.Random(f"{seed} {split} {template} {num_pairs}")
-            rows, positions = _rows(words, glue, num_pairs, max(num_sequences, NUM_TRIED), rng)
+            count = max(num_sequences, NUM_TRIED)
+            rows, positions = _rows(words, start, glue, num_pairs, count, rng)
             if rows.shape[1] > teacher.context:
                 break
             probe = RecallProbe(
@@ -162,6 +171,7 @@ def recall(model: Any, probe: RecallProbe) -> float:
 
 def _rows(
     words: Sequence[int],
+    start: list[int],
     glue: tuple[list[int], list[int], list[int]],
     num_pairs: int,
     num_sequences: int,
@@ -175,7 +185,7 @@ def _rows(
     for _ in range(num_sequences):
         drawn = rng.sample(words, 2 * num_pairs)
         pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
-        row: list[int] = []
+        row = list(start)
         positions = []
         # Each is asked for once: an answer that was given is no question.
         for key, value in [*pairs, *rng.sample(pairs, asked)]:
@@ -184,6 +194,14 @@ def _rows(
             row += [value, *after]
         rows.append(row)
     return torch.tensor(rows), torch.tensor(positions[num_pairs + NUM_EXAMPLES :])
+
+
+def _start(teacher: Teacher) -> list[int]:
+    """The token that a document begins with, if the tokenizer has one."""
+    for token in ("bos_token_id", "eos_token_id"):
+        if (number := getattr(teacher.tokenizer, token, None)) is not None:
+            return [number]
+    return []
 
 
 def _glue(teacher: Teacher, template: Template) -> tuple[list[int], list[int], list[int]] | None:

@@ -64,6 +64,7 @@ class Words:
     """Three-letter words from id 300 on; other text is one id a character."""
 
     all_special_ids = (0,)
+    eos_token_id = 7
 
     def get_vocab(self):
         letters = "abcdefghij"
@@ -104,13 +105,16 @@ def test_questions_ask_for_pairs_that_were_named_once():
     assert str(probe) == "64 pairs 'KEY =VALUE,'"
     width = probe.tokens.shape[1] // (64 + recall.NUM_EXAMPLES + recall.NUM_QUESTIONS)
     for row in probe.tokens.tolist():
+        # As a document begins.
+        assert row[0] == Words.eos_token_id
+        answers = [row[p + 1] for p in probe.positions.tolist()]
+        row = row[1:]
         entries = [row[i : i + width] for i in range(0, len(row), width)]
         pairs = {entry[0]: entry[3] for entry in entries[:64]}
         assert len(pairs) == 64 == len(set(pairs.values()) - set(pairs))
         asked = entries[64:]
         assert len({entry[0] for entry in asked}) == len(asked)
         assert all(pairs[entry[0]] == entry[3] for entry in asked)
-        answers = [row[p + 1] for p in probe.positions.tolist()]
         assert answers == [entry[3] for entry in asked[recall.NUM_EXAMPLES :]]
 
 
