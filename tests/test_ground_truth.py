@@ -53,7 +53,7 @@ def test_a_table_is_made_and_continued(table, study, tmp_path, monkeypatch, caps
     options = ["--out", str(out), "--distil", "5", "--tokens", "0,640", "--at-once", "2"]
     # Stopped in the middle of a line: that layout is scored again.
     assert table.main([str(path), "--out", str(out), "--zero-shot", "4"]) == 0
-    assert len(rows_of(out)) == 5
+    assert len(rows_of(out)) == 6
     out.write_text(out.read_text(encoding="utf-8")[:-20], encoding="utf-8")
     assert table.main([str(path), *options]) == 0
     rows = rows_of(out)
@@ -78,10 +78,90 @@ def test_a_table_is_made_and_continued(table, study, tmp_path, monkeypatch, caps
     assert more[-1]["kl"] not in {row["kl"] for row in distilled}
     # Another bank stands in the same table, another recipe does not.
     assert table.main([str(path), "seed=1", "--out", str(out)]) == 0
-    other = [row for row in rows_of(out) if row.get("bank_seed") == 1]
+    other = [r for r in rows_of(out) if r["kind"] == "zero_shot" and r["bank_seed"] == 1]
     assert len(other) == 6 and all(row["kl"] != zero[row["layout"]]["kl"] for row in other)
     assert table.main([str(path), "distill.logits.lr=0.5", "--out", str(out)]) == 2
     assert "was begun with another study" in capsys.readouterr().err
+
+
+def test_what_selectors_looked_at_is_kept(table, study, tmp_path):
+    path, _ = study
+    out = tmp_path / "probes.jsonl"
+    assert table.main([str(path), "--out", str(out), "--distil", "1"]) == 0
+    rows = rows_of(out)
+    probes = [row["layout"] for row in rows if row["kind"] == "probe"]
+    assert len(probes) == len(set(probes)) > 0
+    # Greedy begins with one attention layer, where the budget has two.
+    assert {"0", "1", "2", "3"} <= set(probes)
+    assert not set(probes) & {row["layout"] for row in rows if row["kind"] == "zero_shot"}
+    assert table.main([str(path), "--out", str(out), "--distil", "1"]) == 0
+    assert rows_of(out) == rows
+
+
+def test_layouts_can_be_asked_for(table, study, tmp_path, capsys):
+    path, _ = study
+    out, asked = tmp_path / "asked.jsonl", tmp_path / "asked.txt"
+    asked.write_text("0,3\n1,2\n", encoding="utf-8")
+    assert table.main([str(path), "--out", str(out), "--layouts", str(asked)]) == 0
+    distilled = [row for row in rows_of(out) if row["kind"] == "distilled"]
+    assert [(row["layout"], row["chosen_as"]) for row in distilled] == [
+        ("0,3", ["asked for"]),
+        ("1,2", ["asked for"]),
+    ]
+    asked.write_text("0\n", encoding="utf-8")
+    assert table.main([str(path), "--out", str(out), "--layouts", str(asked)]) == 2
+    assert "exactly 2 attention layers" in capsys.readouterr().err
+
+
+def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
+    regret = load("regret")
+    path, _ = study
+    out, report, missing = (tmp_path / name for name in ("tiny.jsonl", "r.json", "missing.txt"))
+    assert table.main([str(path), "--out", str(out), "--distil", "6"]) == 0
+    options = ["--strategies", "random", "swap_one", "--seeds", "3", "--out", str(report)]
+    regret.main([str(out), *options, "--missing", str(missing)])
+    (outcome,) = json.loads(report.read_text(encoding="utf-8"))["outcomes"]
+    rows = {row["strategy"]: row for row in outcome["rows"]}
+    assert set(rows) == {"optimum", "default study", "random", "swap_one"}
+    # By hand: all six layouts are distilled, so all of them stand for the mean.
+    distilled = {r["layout"]: r["kl"] for r in rows_of(out) if r["kind"] == "distilled"}
+    scored = {r["layout"]: r["kl"] for r in rows_of(out) if r["kind"] == "zero_shot"}
+    best, mean = min(distilled.values()), np.mean(list(distilled.values()))
+    optimum = (distilled[min(scored, key=scored.get)] - best) / (mean - best)
+    assert math.isclose(rows["optimum"]["regret"], optimum, abs_tol=1e-3)
+    # The study scores all six.
+    assert math.isclose(rows["default study"]["regret"], optimum, abs_tol=1e-3)
+    assert rows["random"]["layouts"] == 5 and rows["random"]["worst"] >= optimum - 1e-3
+    assert rows["random"]["p"] is not None and rows["default study"]["p"] is None
+    assert missing.read_text(encoding="utf-8") == ""
+    # Picks that nobody distilled are named.
+    left = [row for row in rows_of(out) if row["kind"] != "distilled"]
+    kept = [row for row in rows_of(out) if row["kind"] == "distilled"][:3]
+    left += [row | {"chosen_as": ["tenth 1"]} for row in kept]
+    out.write_text("".join(json.dumps(row) + "\n" for row in left), encoding="utf-8")
+    regret.main([str(out), *options, "--by", "stage2_local", "--missing", str(missing)])
+    named = missing.read_text(encoding="utf-8").split()
+    distilled = {row["layout"] for row in kept}
+    zero_shot = {row["layout"]: row["stage2_local"] for row in left if row["kind"] == "zero_shot"}
+    picked = min(zero_shot, key=zero_shot.__getitem__)
+    assert not set(named) & distilled
+    assert picked in distilled or picked in named
+
+
+def test_p_tells_a_worse_strategy_from_an_equal_one():
+    regret = load("regret")
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=40)
+    means = {"a": 1, "b": 1, "c": 3}
+    blocks = {name: mean + text + 0.1 * rng.normal(size=40) for name, mean in means.items()}
+    values = {name: float(found.mean()) for name, found in blocks.items()}
+    truth = regret.Truth("kl", values, blocks, list(means))
+    picks = {name: regret.Picks(name, 8, [name] * 4) for name in means}
+    p = regret.compare(picks["a"], [picks["b"], picks["c"]], truth)
+    assert p["c", 8] < 0.01 < p["b", 8]
+    row = regret.judge(picks["c"], truth)
+    assert row["low"] < row["regret"] < row["high"]
+    assert math.isclose(min(truth.regret(name) for name in "abc"), 0)
 
 
 def test_parts_share_the_work(table, study, tmp_path):

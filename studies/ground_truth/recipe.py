@@ -84,8 +84,9 @@ def measure_all(config: StudyConfig, rows: RowFile, args: argparse.Namespace) ->
         weights={"kl": 1.0},
         batch_size=config.search.batch_size,
     )
-    some = all_or_some(bench, SCORED)
-    ranked = sorted(some, key=lambda layout: scorer.score(layout).mean("kl"))
+    scored = {layout: scorer.score(layout).mean("kl") for layout in all_or_some(bench, SCORED)}
+    ranked = sorted(scored, key=scored.__getitem__)
+    # Its memory is the students'.
     del scorer
     places = np.linspace(0.1, 0.9, args.layouts) * (len(ranked) - 1)
     layouts = [ranked[round(place)] for place in places]
@@ -149,7 +150,7 @@ def show(rows: RowFile) -> None:
                 np.array([kl[layout] for layout in shared]),
                 np.array([last[layout] for layout in shared]),
             )
-            found = [row for row in rows.find(recipe=recipe, tokens=tokens)]
+            found = list(rows.find(recipe=recipe, tokens=tokens))
             shares = [row["recall"] for row in found if row["recall"] is not None]
             table.add_row(
                 recipe or "the study's",

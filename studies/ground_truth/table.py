@@ -11,20 +11,24 @@ the KL's range. Another bank is another seed of the study: `seed=1` on the comma
 
 The table is a file of JSON lines, written as it is made; the same command goes on where it was
 stopped. The first line says what it was made with; `"kind": "zero_shot"` lines hold a layout's
-objectives, `"kind": "distilled"` lines its figures after so many tokens of stage 3.
+objectives, `"kind": "probe"` lines those of a layout that a selector looked at off the budget,
+`"kind": "stage2"` lines each layer's stage-2 loss, `"kind": "distilled"` lines a layout's figures
+after so many tokens of stage 3.
+
+`--layouts` names a file of further layouts to distil, one a line as `4,10,16,22`: what strategies
+pick when they are replayed on the table (`regret.py --missing`).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,7 @@ from mohawk_nas.plan import find_problems
 from mohawk_nas.reporting import screen
 from mohawk_nas.runs import provenance
 from mohawk_nas.search.objectives import BankScorer
+from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.strategy import SearchContext, named_baselines
 
 DIGITS = 6
@@ -74,6 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0,
         help="distil so many layouts, or more if so many are picked",
     )
+    add("--layouts", type=Path, help="file of layouts to distil as well, one a line")
     add("--tokens", type=numbers, default=[0], help="budgets of stage 3, e.g. 0,1M,4M")
     add("--seeds", type=numbers, default=[0], help="of stage 3, e.g. 0,1,2")
     add("--seeds-of", type=int, help="layouts that get the seeds after the first; all")
@@ -132,6 +138,9 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
         probe=bench.probe("search"),
         batch_size=config.search.batch_size,
     )
+    if not any(table.find(kind="stage2", bank_seed=config.seed)):
+        losses = {str(layer): loss for (layer, _), loss in scorer.stage2_losses().items()}
+        table.add({"kind": "stage2", "bank_seed": config.seed, "losses": losses})
     layouts = all_or_some(bench, args.zero_shot)
     known = {row["layout"] for row in table.find(kind="zero_shot", bank_seed=config.seed)}
     mine = [x for x in layouts[args.part[0] :: args.part[1]] if name_of(x) not in known]
@@ -139,13 +148,9 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
         for layout in mine:
             if time.perf_counter() > until:
                 return
-            score = scorer.score(layout)
-            figures = {name: round(score.mean(name), DIGITS) for name in weights}
-            table.add(
-                {"kind": "zero_shot", "bank_seed": config.seed, "layout": name_of(layout)} | figures
-            )
+            table.add(row_of("zero_shot", layout, scorer.score(layout), config.seed))
             task.advance(1)
-    if not args.distil:
+    if not args.distil and args.layouts is None:
         return
     # What other processes have scored as well.
     table = RowFile(table.path)
@@ -153,7 +158,11 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
     if lacking := {name_of(layout) for layout in layouts} - scored:
         reporter.say(f"{len(lacking)} layouts are not scored yet: run again to distil")
         return
-    chosen = choose(bench, scorer, table, args.distil)
+    chosen = [(["asked for"], layout) for layout in named_in(args.layouts, bench)]
+    if args.distil:
+        known = {layout for _, layout in chosen}
+        found = choose(bench, probing(bench, scorer, table), table, args.distil)
+        chosen += [(why, layout) for why, layout in found if layout not in known]
     # Its memory is the students'.
     del scorer
     distil(bench, table, chosen, args, until)
@@ -182,8 +191,51 @@ def all_or_some(bench: Workbench, count: int | None) -> list[Layout]:
     return list(found)
 
 
+def row_of(kind: str, layout: Layout, score: Score, bank_seed: int) -> dict[str, Any]:
+    figures = {name: round(score.mean(name), DIGITS) for name in score.per_block}
+    return {"kind": kind, "bank_seed": bank_seed, "layout": name_of(layout)} | figures
+
+
+def named_in(path: Path | None, bench: Workbench) -> list[Layout]:
+    if path is None:
+        return []
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    layouts = [bench.space.parse(line) for line in lines if line]
+    for layout in layouts:
+        bench.budget.check(layout)
+    return layouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Probing:
+    """Scores layouts on the budget or off it, those in the table from there; keeps what is new."""
+
+    probe: Callable[[Layout], Score]
+    stage2_losses: Callable[[], Any]
+
+
+def probing(bench: Workbench, scorer: BankScorer, table: RowFile) -> Probing:
+    seed, names = bench.config.seed, list(scorer.weights)
+    known = {
+        row["layout"]: Score(
+            per_block={name: (row[name],) for name in names}, tokens=0, seconds=0.0
+        )
+        for row in table.find(bank_seed=seed)
+        if row["kind"] in ("zero_shot", "probe")
+    }
+
+    def probe(layout: Layout) -> Score:
+        if name_of(layout) not in known:
+            score = scorer.score(layout)
+            known[name_of(layout)] = score
+            table.add(row_of("probe", layout, score, seed))
+        return known[name_of(layout)]
+
+    return Probing(probe, scorer.stage2_losses)
+
+
 def choose(
-    bench: Workbench, scorer: BankScorer, table: RowFile, count: int
+    bench: Workbench, scorer: Probing, table: RowFile, count: int
 ) -> list[tuple[list[str], Layout]]:
     """Layouts to distil, each with why: the same for the same table."""
     rows = list(table.find(kind="zero_shot", bank_seed=bench.config.seed))
@@ -199,7 +251,7 @@ def choose(
     return [(why, layout) for layout, why in chosen.items()]
 
 
-def picks(bench: Workbench, scorer: BankScorer) -> Iterator[tuple[str, Layout]]:
+def picks(bench: Workbench, scorer: Probing) -> Iterator[tuple[str, Layout]]:
     """What each selector of the study names, led by KL."""
     context = SearchContext(
         space=bench.space,
@@ -208,8 +260,7 @@ def picks(bench: Workbench, scorer: BankScorer) -> Iterator[tuple[str, Layout]]:
         finished=[],
         pending=[],
         seed=bench.config.seed,
-        # Selectors look at the same layouts again and again.
-        probe=functools.cache(scorer.score),
+        probe=scorer.probe,
         stage2_losses=scorer.stage2_losses,
     )
     for label, selector in named_baselines(bench.config.search.baselines).items():

@@ -1,0 +1,398 @@
+"""What strategies cost: replayed on ground-truth tables, judged by what their picks distil to.
+
+    python studies/ground_truth/regret.py studies/ground_truth/phi-*.jsonl --by kl recall
+
+A table must hold every layout on the budget undistilled; the strategies then run through the same
+code as `mohawk-nas search`, ten seeds each, and no model is needed. After so many layouts the one
+that is best by the study's objective is the pick, and its regret is what it distils to: (pick -
+best distilled) / (mean of all layouts - best distilled), for KL and for recall, at the table's
+largest budget of stage 3. Where only some layouts are distilled, those drawn from the tenths of the
+score's range stand for all of them. `optimum` is the pick of a perfect search by that objective,
+the floor that no strategy gets below but by luck.
+
+Intervals are bootstrapped over the text's blocks (KL) and the strategies' seeds; `p` is that of a
+paired difference to the reference strategy, after Holm for the number of comparisons. Picks that
+are not distilled are counted, left out, and written to `--missing` for `table.py --layouts`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mohawk_nas.config import OBJECTIVES, BudgetConfig, SearchConfig, SpaceConfig, StudyConfig
+from mohawk_nas.errors import DataError
+from mohawk_nas.files import write_json
+from mohawk_nas.layout import Layout
+from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.result import StudyResult
+from mohawk_nas.search.scoring import Score
+from mohawk_nas.search.space import SearchSpace, load_space
+from mohawk_nas.search.strategy import Selector, build_strategy
+from mohawk_nas.search.study import run_study
+
+Array = npt.NDArray[np.float64]
+
+STRATEGIES = (
+    "random",
+    "tpe",
+    "gp",
+    "{name: surrogate, model: additive}",
+    "surrogate",
+    "uniform",
+    "stage2_rank",
+    "swap_one",
+    "add_one_in",
+    "greedy",
+    "{name: greedy, swaps: 2}",
+    "beam",
+)
+AFTER = (16, 64, 256)
+"""Layouts after which a strategy's pick is taken; selectors end by themselves."""
+REPEATS = 1000
+"""Of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What layouts distil to."""
+
+    name: str
+    values: Mapping[str, float]
+    """Layout -> mean over the seeds of stage 3; lower is better."""
+    blocks: Mapping[str, Array] | None
+    """Layout -> the same by blocks of text."""
+    drawn: Sequence[str]
+    """Layouts that stand for all on the budget."""
+
+    @cached_property
+    def samples(self) -> dict[str, Array]:
+        """Layout -> its value over resampled text, ``(REPEATS,)``."""
+        if self.blocks is None:
+            return {name: np.full(REPEATS, value) for name, value in self.values.items()}
+        size = len(next(iter(self.blocks.values())))
+        places = np.random.default_rng(0).integers(size, size=(REPEATS, size))
+        return {name: blocks[places].mean(axis=1) for name, blocks in self.blocks.items()}
+
+    def regret(self, layout: str) -> float:
+        best = min(self.values.values())
+        mean = statistics.fmean(self.values[name] for name in self.drawn)
+        return (self.values[layout] - best) / (mean - best)
+
+    @cached_property
+    def _scale(self) -> tuple[Array, Array]:
+        best = np.min(list(self.samples.values()), axis=0)
+        return best, np.mean([self.samples[name] for name in self.drawn], axis=0) - best
+
+    def regrets(self, layout: str) -> Array:
+        """The same over resampled text, ``(REPEATS,)``."""
+        best, scale = self._scale
+        return (self.samples[layout] - best) / scale
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """One table; stands in for the scorer of a study."""
+
+    name: str
+    num_layers: int
+    num_attention: int
+    scores: Mapping[str, Mapping[str, float]]
+    """Layout -> objective -> undistilled value; probes too."""
+    losses: Mapping[int, float]
+    """Layer -> stage-2 loss of its replacement."""
+    truths: Sequence[Truth]
+    tokens: int
+
+    @classmethod
+    def read(cls, path: Path) -> GroundTruth:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [row for row in rows if row.get("bank_seed", 0) == 0]
+        scores = {
+            row["layout"]: {name: row[name] for name in OBJECTIVES if name in row}
+            for row in rows
+            if row["kind"] in ("zero_shot", "probe")
+        }
+        losses = next(row["losses"] for row in rows if row["kind"] == "stage2")
+        num_layers = len(losses)
+        kept = rows[0]["study"]["budget"]["attention_layers"]
+        zero_shot = sum(row["kind"] == "zero_shot" for row in rows)
+        if zero_shot != (possible := math.comb(num_layers, kept)):
+            raise DataError(
+                f"{path}: must hold all {possible:,} layouts on the budget, but has {zero_shot:,}; "
+                "run table.py without --zero-shot"
+            )
+        distilled = [row for row in rows if row["kind"] == "distilled"]
+        tokens = max((row["tokens"] for row in distilled), default=0)
+        distilled = [row for row in distilled if row["tokens"] == tokens]
+        return cls(
+            name=path.stem,
+            num_layers=num_layers,
+            num_attention=kept,
+            scores=scores,
+            losses={int(layer): loss for layer, loss in losses.items()},
+            truths=_truths(distilled, complete=len({r["layout"] for r in distilled}) == possible),
+            tokens=tokens,
+        )
+
+    @cached_property
+    def budget(self) -> Budget:
+        return Budget(attention_layers=self.num_attention)
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        return load_space(SpaceConfig(name="hybrid_phi_mamba"), num_layers=self.num_layers)
+
+    def score(self, layout: Layout) -> Score:
+        found = self.scores.get(_name(layout))
+        if found is None:
+            raise DataError(f"{self.name}: has no score for {_name(layout)}")
+        per_block = {name: (value,) for name, value in found.items()}
+        return Score(per_block=per_block, tokens=0, seconds=0.0)
+
+    def stage2_losses(self) -> dict[tuple[int, str], float]:
+        (mixer,) = self.space.replacements
+        return {(layer, mixer): loss for layer, loss in self.losses.items()}
+
+    def study(self, objective: Mapping[str, float], *, seed: int, **search: Any) -> StudyResult:
+        config = StudyConfig(
+            name=f"{self.name}-{seed}",
+            seed=seed,
+            budget=BudgetConfig(attention_layers=self.num_attention),
+            search=SearchConfig(objective=dict(objective), **search),
+        )
+        return run_study(config, self.space, self.budget, self, run_dir=None)
+
+    def optimum(self, objective: Mapping[str, float]) -> str:
+        """The layout on the budget that is best by the objective."""
+        layouts = self.budget.enumerate(self.space)
+        return _name(min(layouts, key=lambda layout: self.score(layout).value(objective)))
+
+
+@dataclass(frozen=True)
+class Picks:
+    """What a strategy picked after so many layouts, one pick a seed."""
+
+    strategy: str
+    layouts: int
+    """Scored until then, probes included."""
+    picks: Sequence[str]
+
+
+def _truths(distilled: Sequence[Mapping[str, Any]], *, complete: bool) -> list[Truth]:
+    if not distilled:
+        raise DataError("the table must hold distilled layouts, but has none")
+    by_layout: dict[str, list[Mapping[str, Any]]] = {}
+    for row in distilled:
+        by_layout.setdefault(row["layout"], []).append(row)
+    drawn = [
+        name
+        for name, rows in by_layout.items()
+        if complete or any(why.startswith("tenth") for why in rows[0]["chosen_as"])
+    ]
+    if not drawn:
+        raise DataError("the table must hold distilled layouts drawn by chance, but has none")
+    blocks = {
+        name: np.mean([row["kl_blocks"] for row in rows], axis=0)
+        for name, rows in by_layout.items()
+    }
+    kl = {name: float(values.mean()) for name, values in blocks.items()}
+    truths = [Truth("kl", kl, blocks, drawn)]
+    if distilled[0]["recall"] is not None:
+        lost = {name: -statistics.fmean(r["recall"] for r in x) for name, x in by_layout.items()}
+        truths.append(Truth("recall", lost, None, drawn))
+    return truths
+
+
+def replay(
+    table: GroundTruth, objective: Mapping[str, float], choice: Any, *, seeds: int, most: int
+) -> list[Picks]:
+    """A strategy's picks after each of AFTER, a selector's at its end."""
+    strategy = build_strategy(choice)
+    possible = table.budget.count(table.space)
+    if isinstance(strategy, Selector):
+        result = table.study(objective, seed=0, strategy="random", trials=1, baselines=[choice])
+        looked = {probe.layout for probe in result.probes} | set(result.baselines.values())
+        return [Picks(strategy.label, len(looked), [_name(result.best.layout)])]
+    # One short of the whole space, which a study would enumerate instead.
+    steps = sorted({min(step, most, possible - 1) for step in AFTER})
+    runs = [
+        table.study(objective, seed=seed, strategy=choice, trials=steps[-1], baselines=[]).trials
+        for seed in range(seeds)
+    ]
+    return [
+        Picks(
+            strategy.label,
+            step,
+            [_name(min(run[:step], key=lambda t: (t.value, t.number)).layout) for run in runs],
+        )
+        for step in steps
+    ]
+
+
+def default_study(
+    table: GroundTruth, objective: Mapping[str, float], *, seeds: int, most: int
+) -> list[Picks]:
+    """A study's own baselines and then its strategy, as they come; probes are counted first."""
+    runs = [table.study(objective, seed=seed, trials=most) for seed in range(seeds)]
+    found: list[Picks] = []
+    for step in sorted({min(step, most) for step in AFTER}):
+        picks, counts = [], []
+        for run in runs:
+            trials = run.trials[: max(1, step - len(run.probes))]
+            picks.append(_name(min(trials, key=lambda t: (t.value, t.number)).layout))
+            counts.append(len(run.probes) + len(trials))
+        # A study that has scored everything ends before.
+        if not found or round(statistics.fmean(counts)) > found[-1].layouts:
+            found.append(Picks("default study", round(statistics.fmean(counts)), picks))
+    return found
+
+
+def judge(picks: Picks, truth: Truth) -> dict[str, Any]:
+    """Regret of the picks that are distilled, with its interval."""
+    known = [pick for pick in picks.picks if pick in truth.values]
+    found: dict[str, Any] = {
+        "strategy": picks.strategy,
+        "layouts": picks.layouts,
+        "missing": len(picks.picks) - len(known),
+    }
+    if known:
+        regrets = [truth.regret(pick) for pick in known]
+        low, high = np.quantile(_drawn(known, truth), [0.025, 0.975])
+        found |= {
+            "regret": statistics.fmean(regrets),
+            "low": float(low),
+            "high": float(high),
+            "worst": max(regrets),
+        }
+    return found
+
+
+def _drawn(known: Sequence[str], truth: Truth) -> Array:
+    """Mean regret over resampled seeds of the strategy and resampled text, ``(REPEATS,)``."""
+    each = np.stack([truth.regrets(pick) for pick in known])
+    places = np.random.default_rng(1).integers(len(known), size=(REPEATS, len(known)))
+    return np.array(each[places, np.arange(REPEATS)[:, None]].mean(axis=1))
+
+
+def compare(
+    reference: Picks, others: Sequence[Picks], truth: Truth
+) -> dict[tuple[str, int], float]:
+    """p of each other strategy's paired difference to the reference, Holm's correction made."""
+    base = [pick for pick in reference.picks if pick in truth.values]
+    if not base:
+        return {}
+    found = {}
+    for other in others:
+        known = [pick for pick in other.picks if pick in truth.values]
+        if known:
+            # The same text for both; their seeds have nothing to do with each other.
+            differences = _drawn(base, truth) - _drawn(known, truth)
+            tail = min((differences <= 0).mean(), (differences >= 0).mean())
+            found[other.strategy, other.layouts] = min(1.0, 2 * float(tail))
+    corrected, most = {}, 0.0
+    for rank, (key, p) in enumerate(sorted(found.items(), key=lambda item: item[1])):
+        most = max(most, min(1.0, (len(found) - rank) * p))
+        corrected[key] = most
+    return corrected
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("tables", nargs="+", type=Path)
+    add("--by", nargs="+", default=["kl"], help="objectives, as a study names them")
+    add("--strategies", nargs="*", default=STRATEGIES)
+    add("--reference", default="default study", help="strategy to compare with, by its label")
+    add("--seeds", type=int, default=10)
+    add("--most", type=int, default=max(AFTER), help="most layouts a strategy scores")
+    add("--missing", type=Path, help="file for picks that are not distilled; of one table")
+    add("--out", type=Path, help="regret.json beside the first table")
+    options = parser.parse_args(arguments)
+    console, outcomes = Console(width=140), []
+    missing: dict[str, None] = {}
+    for path in options.tables:
+        table = GroundTruth.read(path)
+        for text in options.by:
+            objective = _objective(text)
+            runs = [Picks("optimum", table.budget.count(table.space), [table.optimum(objective)])]
+            runs += default_study(table, objective, seeds=options.seeds, most=options.most)
+            for choice in map(yaml.safe_load, options.strategies):
+                try:
+                    runs += replay(table, objective, choice, seeds=options.seeds, most=options.most)
+                except DataError as e:
+                    console.print(f"{choice}: left out, {e}")
+            for truth in table.truths:
+                missing |= dict.fromkeys(x for run in runs for x in run.picks)
+                missing = {x: None for x in missing if x not in truth.values}
+                reference = [run for run in runs if run.strategy == options.reference]
+                p = compare(reference[-1], [r for r in runs if r not in reference], truth)
+                rows = [
+                    judge(run, truth) | {"p": p.get((run.strategy, run.layouts))} for run in runs
+                ]
+                outcomes.append(
+                    {
+                        "table": table.name,
+                        "tokens": table.tokens,
+                        "objective": text,
+                        "distilled": truth.name,
+                        "layouts": len(truth.values),
+                        "rows": rows,
+                    }
+                )
+                show(outcomes[-1], console)
+    if options.missing:
+        options.missing.write_text("".join(f"{x}\n" for x in missing), encoding="utf-8")
+        console.print(f"{len(missing)} picks are not distilled: {options.missing}")
+    out = options.out or options.tables[0].parent / "regret.json"
+    write_json(out, {"seeds": options.seeds, "outcomes": outcomes})
+    console.print(f"Wrote {out}")
+
+
+def _objective(text: str) -> dict[str, float]:
+    value = yaml.safe_load(text)
+    return {value: 1.0} if isinstance(value, str) else {k: float(v) for k, v in value.items()}
+
+
+def _name(layout: Layout) -> str:
+    return ",".join(map(str, layout.attention_layers))
+
+
+def show(outcome: Mapping[str, Any], console: Console) -> None:
+    title = (
+        f"{outcome['table']}: searched by {outcome['objective']}, regret of distilled "
+        f"{outcome['distilled']} ({outcome['layouts']} layouts, {outcome['tokens']:,} tokens)"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in ("strategy", "after", "regret", "95 %", "worst seed", "p", "not distilled"):
+        table.add_column(column, justify="left" if column == "strategy" else "right")
+    for row in outcome["rows"]:
+        figures = ["", "", ""]
+        if "regret" in row:
+            interval = f"{row['low']:.1%} to {row['high']:.1%}"
+            figures = [f"{row['regret']:.1%}", interval, f"{row['worst']:.1%}"]
+        p = "" if row["p"] is None else f"{row['p']:.3f}"
+        table.add_row(
+            row["strategy"], f"{row['layouts']:,}", *figures, p, str(row["missing"] or "")
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
