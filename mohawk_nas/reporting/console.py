@@ -44,6 +44,10 @@ def print_result(
     if result.baselines:
         console.print()
         console.print(_baseline_table(result, width=console.width))
+    if result.rungs:
+        console.print()
+        console.print(_rung_table(result))
+        _say(console, f"[dim]{text.rung_counts(result)}[/dim]")
     if result.worth.fitted or result.worth.swap_one or result.worth.add_one_in:
         console.print()
         console.print(_worth_table(result))
@@ -101,6 +105,18 @@ def _baseline_table(result: StudyResult, *, width: int) -> Table:
         looked = f"{cost.asked}" if cost else ""
         cells = _layout_cells(result, trial, trials, width)
         table.add_row(label, *cells, str(rank[trial.layout]), looked)
+    return table
+
+
+def _rung_table(result: StudyResult) -> Table:
+    columns, rows = text.rung_table(result)
+    table = _table("Rungs: the best are distilled, and the best of these longer")
+    table.add_column("keeps")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for layout, cells in rows.items():
+        style = "bold green" if layout == result.best.layout else ""
+        table.add_row(Text(text.layers(layout), style=style), *cells)
     return table
 
 
