@@ -134,7 +134,9 @@ PRUNERS: Mapping[str, type[Pruner]] = {"halving": Halving, "wilcoxon": Wilcoxon}
 
 
 def build_pruner(choice: Any, *, where: str = "search.rungs.pruner") -> Pruner:
-    """The pruner that a name or ``{"name": NAME, option: value}`` describes; without a name, halving.
+    """The pruner that a name or ``{"name": NAME, option: value}`` describes.
+
+    Options without a name are those of ``halving``.
 
     Raises:
         ConfigError: There is no such pruner, or every unknown option and impossible value.
