@@ -98,7 +98,7 @@ class DataConfig:
     block_size: int = 256
     """Tokens a block. Attention and state both run across document borders inside a block."""
     validation_tokens: int = 8192
-    """Watched while distilling."""
+    """Watched while distilling; layouts are compared on them at rungs."""
     test_tokens: int = 8192
     """Read by ``evaluate`` only."""
     cache: str = "runs/cache"

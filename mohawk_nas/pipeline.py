@@ -51,6 +51,7 @@ from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.leases import Worker
 from mohawk_nas.search.objectives import BankScorer, PerTrialScorer
 from mohawk_nas.search.result import Placement, StudyResult
+from mohawk_nas.search.rungs import Distiller
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import SearchSpace, load_space
 from mohawk_nas.search.storages import locate_study
@@ -215,6 +216,10 @@ class Workbench:
             )
         return scorer
 
+    def distiller(self, scorer: BankScorer) -> Distiller:
+        """Distils layouts for the rungs; what the scorer keeps in memory is let go for them."""
+        return _Distiller(self, scorer)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BestLayout:
@@ -302,7 +307,7 @@ def _score(bench: Workbench, *, worker: Worker | None) -> StudyResult:
         bench.budget,
         scorer,
         run_dir=bench.config.run_dir,
-        distiller=_Distiller(bench, scorer),
+        distiller=bench.distiller(scorer),
         provenance=provenance,
         reporter=bench.reporter,
         identity=bench.identity,
@@ -316,7 +321,6 @@ class _Distiller:
 
     bench: Workbench
     scorer: BankScorer
-    """Holds memory that the students need."""
 
     @property
     def at_once(self) -> int:

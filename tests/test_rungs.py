@@ -72,6 +72,7 @@ def test_a_stricter_wilcoxon_lets_more_climb():
     ("choice", "message"),
     [
         ("halve", "search.rungs.pruner: unknown pruner 'halve'; .* Did you mean 'halving'"),
+        (["halving"], "search.rungs.pruner: unknown pruner"),
         ({"name": "halving", "p": 0.1}, r"search.rungs.pruner.p: unknown option.*\['factor'\]"),
         ({"name": "halving", "factor": 1}, "`factor >= 2` must hold, but got 1"),
         ({"name": "wilcoxon", "p": 1.0}, "`0 < p < 1` must hold"),

@@ -69,6 +69,7 @@ def print_placement(
     console.print(strip)
     known = " (the study has scored it too)" if placement.trial else ""
     tied = ", tied within noise" if placement.versus_best.tied else ""
+    tied += ", both undistilled" if result.top_rung else ""
     rank = f"rank {placement.rank} of {placement.num_trials}{known}"
     _say(console, f"{text.value_name(result)} {value:.4f}, {rank}")
     _say(

@@ -19,7 +19,7 @@ from mohawk_nas.search.space import SearchSpace
 from mohawk_nas.search.storages import is_shared, locate_study, opened
 from mohawk_nas.search.strategy import named_baselines
 
-__all__ = ["is_solved", "load_result", "note_recipe", "open_ledger", "study_result", "study_rungs"]
+__all__ = ["RECIPE", "is_solved", "load_result", "open_ledger", "study_result", "study_rungs"]
 
 RECIPE = "recipe of the rungs"
 """Note that says by which recipe the rungs were last distilled."""
@@ -78,7 +78,10 @@ def study_result(
     config: StudyConfig, space: SearchSpace, budget: Budget, ledger: Ledger
 ) -> StudyResult:
     """What a ledger holds, as a result."""
-    notes = ledger.notes()
+    notes, recipe = ledger.notes(), rung_recipe(config.distill.logits)
+    if not ledger.rung_scores(recipe):
+        # What a study is read for, an audit say, may have a recipe of its own.
+        recipe = notes.get(RECIPE, recipe)
     # Earlier versions kept all in two notes.
     baselines, asked = dict(notes.get("baselines", {})), dict(notes.get("asked", {}))
     for label in named_baselines(config.search.baselines):
@@ -96,17 +99,12 @@ def study_result(
         baselines={label: Layout(tuple(names)) for label, names in baselines.items()},
         asked=asked,
         solved=is_solved(config.search),
-        rungs=study_rungs(config, ledger),
+        rungs=study_rungs(config, ledger, recipe),
     )
 
 
-def note_recipe(config: StudyConfig, ledger: Ledger) -> None:
-    """Keep by which recipe the study's rungs are distilled from now on."""
-    ledger.note(RECIPE, rung_recipe(config.distill.logits))
-
-
-def study_rungs(config: StudyConfig, ledger: Ledger) -> tuple[Rung, ...]:
-    """A study's rungs above 0, as far as they are known, the lowest first."""
+def study_rungs(config: StudyConfig, ledger: Ledger, recipe: Mapping[str, Any]) -> tuple[Rung, ...]:
+    """A study's rungs above 0 by a recipe, as far as they are known, the lowest first."""
     search = config.search
     ranked = sorted(ledger.trials, key=lambda trial: (trial.value, trial.number))
     return climb(
@@ -114,8 +112,7 @@ def study_rungs(config: StudyConfig, ledger: Ledger) -> tuple[Rung, ...]:
         weights=search.objective,
         tokens=search.rungs.tokens,
         pruner=build_pruner(search.rungs.pruner),
-        # Not the configuration's: a study that is only read may come with another recipe.
-        found=ledger.rung_scores(ledger.notes().get(RECIPE, {})),
+        found=ledger.rung_scores(recipe),
     )
 
 

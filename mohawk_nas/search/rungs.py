@@ -143,7 +143,7 @@ def build_pruner(choice: Any, *, where: str = "search.rungs.pruner") -> Pruner:
     """
     options = dict(choice) if isinstance(choice, Mapping) else {"name": choice}
     name = options.pop("name", "halving")
-    if name not in PRUNERS:
+    if not isinstance(name, str) or name not in PRUNERS:
         raise ConfigError(
             f"{where}: unknown pruner {name!r}; available: {', '.join(PRUNERS)}."
             f"{did_you_mean(str(name), PRUNERS)}"

@@ -27,9 +27,9 @@ from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.leases import DEFAULT_PACE, Pace, Worker
 from mohawk_nas.search.ledger import Ledger
 from mohawk_nas.search.record import (
+    RECIPE,
     is_solved,
     load_result,
-    note_recipe,
     open_ledger,
     study_result,
     study_rungs,
@@ -299,11 +299,11 @@ class _Study:
 
     def run_rungs(self, distiller: Distiller) -> None:
         """Distil layouts, rung by rung, until nobody is left to climb."""
-        note_recipe(self._config, self._ledger)
         recipe, told = rung_recipe(self._config.distill.logits), 0
+        self._ledger.note(RECIPE, recipe)
         while True:
             self._ledger.refresh()
-            rungs = study_rungs(self._config, self._ledger)
+            rungs = study_rungs(self._config, self._ledger, recipe)
             if not rungs:
                 self._reporter.say("every layer keeps attention: there is nothing to distil")
                 return
