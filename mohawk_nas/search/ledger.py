@@ -215,7 +215,7 @@ class Ledger:
         tokens: int,
         recipe: Mapping[str, Any],
         value: Callable[[Score], float],
-    ) -> bool:
+    ) -> None:
         """Distil layouts side by side, those left out that others have taken in the meantime.
 
         Whatever ``distil`` raises marks them as failed and is raised again.
@@ -226,9 +226,6 @@ class Ledger:
             tokens: The rung's.
             recipe: As of :meth:`rung_scores`.
             value: Of a score, for the Optuna trial.
-
-        Returns:
-            Whether any of them was distilled and is complete.
         """
         assert self._rung_study is not None
         storage, leases, begun = self._storage, self._leases, dict[Layout, int]()
@@ -255,14 +252,11 @@ class Ledger:
                 for trial_id in begun.values():
                     self._fail(trial_id, f"interrupted: {type(e).__name__}: {e}".rstrip(": "))
                 raise
-        kept = False
         for trial_id, score in zip(begun.values(), scores, strict=True):
             # Others may have given this worker up, and one of them distils the layout.
             with contextlib.suppress(UpdateFinishedTrialError):
                 storage.set_trial_user_attr(trial_id, "score", score.to_dict())
                 storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value(score)])
-                kept = True
-        return kept
 
     def note(self, key: str, value: Any) -> None:
         """Keep something about the study as a whole; what a key held before is lost."""
