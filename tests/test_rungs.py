@@ -25,9 +25,11 @@ from mohawk_nas.errors import ConfigError
 from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import evaluate_blocks
 from mohawk_nas.plan import make_plan
+from mohawk_nas.reporting import Silent
 from mohawk_nas.reporting.console import print_result
 from mohawk_nas.reporting.html import render_report
 from mohawk_nas.search.leases import Pace, Worker
+from mohawk_nas.search.record import open_ledger
 from mohawk_nas.search.result import compare
 from mohawk_nas.search.rungs import Halving, Wilcoxon, build_pruner, climb, rung_recipe
 from mohawk_nas.search.scoring import Score
@@ -315,6 +317,32 @@ def test_workers_share_the_distillations(tmp_path):
         assert len(distiller.done) >= 7
 
 
+def test_two_that_begin_the_same_layout_distil_it_once(tmp_path):
+    storage = f"journal:{tmp_path / 'study.journal'}"
+    config, space, budget = make(8, 2, storage=storage, rungs=RungsConfig(tokens=[100]))
+    layouts, distiller, recipe = list(budget.enumerate(space))[:3], MadeUpDistiller(), {"lr": 1.0}
+    options = {"tokens": 100, "recipe": recipe, "value": lambda score: score.mean("kl")}
+    with (
+        open_ledger(config, space, run_dir=None, begin=True) as one,
+        open_ledger(config, space, run_dir=None, begin=True) as other,
+    ):
+
+        def meanwhile(mine, tokens):
+            other.refresh()
+            assert other.distilling == {(layout, 100) for layout in layouts[:2]}
+            # As one that had looked before the first began.
+            other.run_rung(layouts[1:], distiller, **options)
+            return distiller(mine, tokens)
+
+        one.run_rung(layouts[:2], meanwhile, **options)
+        assert distiller.done == [(layouts[i], 100) for i in (2, 0, 1)]
+        one.run_rung(layouts, distiller, **options)
+        assert len(distiller.done) == 3 == len(other.rung_scores(recipe))
+        # Another recipe is another distillation.
+        other.run_rung(layouts[:1], distiller, **{**options, "recipe": {"lr": 2.0}})
+        assert len(distiller.done) == 4 and len(one.rung_scores(recipe)) == 3
+
+
 def worker_to_be_killed(storage):
     class Killed(MadeUpDistiller):
         def __call__(self, layouts, tokens):
@@ -393,6 +421,22 @@ def test_a_rung_is_what_distillation_gives(folder, searched):
     for layout in top.climbers:
         before = np.mean(distilled(config, layout, 0))
         assert top.scores[layout].mean("kl") < before, "distillation helps"
+
+
+def test_a_search_stopped_between_two_rungs_goes_on(folder, searched):
+    class Stopped(Silent):
+        def say(self, text):
+            if text == "2 layouts are distilled on 1,280 tokens; 0 done":
+                raise KeyboardInterrupt
+
+    config = make_study(folder, *RUNGS, f"output={folder / 'stopped'}")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.search(config, reporter=Stopped())
+    result, _ = pipeline.search(config)
+    assert result.best.layout == searched[0].best.layout
+    for one, other in zip(result.rungs, searched[0].rungs, strict=True):
+        assert one.ranking == other.ranking
+        assert all(one.scores[x].per_block == other.scores[x].per_block for x in one.climbers)
 
 
 def test_best_yaml_and_the_reports_name_the_rungs(folder, searched):
