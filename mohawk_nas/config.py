@@ -29,6 +29,7 @@ __all__ = [
     "DistillConfig",
     "LogitsConfig",
     "MatrixConfig",
+    "RungsConfig",
     "SearchConfig",
     "SpaceConfig",
     "StageConfig",
@@ -97,7 +98,7 @@ class DataConfig:
     block_size: int = 256
     """Tokens a block. Attention and state both run across document borders inside a block."""
     validation_tokens: int = 8192
-    """Watched while distilling."""
+    """Watched while distilling; layouts are compared on them at rungs."""
     test_tokens: int = 8192
     """Read by ``evaluate`` only."""
     cache: str = "runs/cache"
@@ -165,6 +166,23 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RungsConfig:
+    """Short distillations of the layouts that score best, which then decide who is best.
+
+    Each rung starts again from the bank, with the recipe of ``distill.logits``, and is measured on
+    the validation split.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    """Stage-3 tokens of a layout at each rung, rising, such as [1000000, 4000000]. Empty distils
+    nothing: the undistilled score decides."""
+    pruner: Any = "halving"
+    """Who climbs to the next rung, a name or ``{name: NAME, option: value}``. ``halving``: the best
+    one in ``factor``. ``wilcoxon``: those that a signed-rank test over blocks cannot tell from the
+    best at ``p``, ``most`` of them at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """How layouts are chosen and scored."""
 
@@ -193,6 +211,8 @@ class SearchConfig:
     batch_size: int | None = None
     """Blocks scored at once; null takes what suits the device. Scores depend on it by rounding
     alone."""
+    rungs: RungsConfig = field(default_factory=RungsConfig)
+    """Distilled scores, after the undistilled ones."""
     storage: str | None = None
     """``journal:PATH``, a file that any number of processes and hosts share, or a database's URL
     as Optuna takes it; relative to the working folder. None is a file in the run's folder: SQLite
@@ -435,6 +455,9 @@ def _normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
             search["strategy"] = _choice(search["strategy"])
         if isinstance(search.get("baselines"), list):
             search["baselines"] = [_choice(entry) for entry in search["baselines"]]
+        rungs = search.get("rungs")
+        if isinstance(rungs, dict) and "pruner" in rungs:
+            rungs["pruner"] = _choice(rungs["pruner"])
     distill = settings.get("distill")
     if isinstance(distill, dict) and "from" in distill:
         distill["start"] = distill.pop("from")
@@ -492,7 +515,7 @@ def _assign(settings: dict[str, Any], keys: Sequence[str], value: object) -> Non
         inner = settings.get(key)
         if not isinstance(inner, dict):
             # A name stands for a mapping that says nothing else, so more may be said.
-            named = key in ("space", "strategy") and isinstance(inner, str)
+            named = key in ("space", "strategy", "pruner") and isinstance(inner, str)
             inner = settings[key] = {"name": inner} if named else {}
         settings = inner
     settings[keys[-1]] = value
@@ -706,6 +729,17 @@ def _check(study: StudyConfig) -> list[str]:
         f"bank.checkpoint_steps: must be at least 1, but got {study.bank.checkpoint_steps}",
     )
     logits = distill.logits
+    rungs = search.rungs.tokens
+    per_step = logits.batch_size * logits.accumulate * data.block_size
+    need(
+        all(tokens >= per_step for tokens in rungs),
+        "search.rungs.tokens: each must be at least one step of distill.logits, "
+        f"{per_step} tokens (batch_size * accumulate * data.block_size), but got {rungs}",
+    )
+    need(
+        rungs == sorted(set(rungs)),
+        f"search.rungs.tokens: must rise from rung to rung, but got {rungs}",
+    )
     need(
         0 <= logits.hard_label_weight <= 1,
         "distill.logits.hard_label_weight: must lie within 0 and 1, but got "

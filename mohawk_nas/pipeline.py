@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,10 +25,13 @@ from mohawk_nas.bank import Bank
 from mohawk_nas.config import BankConfig, StudyConfig, plain, study_from_dict
 from mohawk_nas.data import TokenBlocks, load_blocks
 from mohawk_nas.distill.logits import LogitsResult, distill_logits
+from mohawk_nas.distill.several import distil_layouts, students_at_once
+from mohawk_nas.distill.trainer import num_steps
 from mohawk_nas.errors import ConfigError, LayoutError, RunError, TeacherError
 from mohawk_nas.export.hf import describe_candidates, save_hybrid
 from mohawk_nas.files import DamagedFile, atomic_folder, atomic_write, write_json
 from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.metrics import evaluate_blocks
 from mohawk_nas.plan import find_problems
 from mohawk_nas.ranks import first_is_ready, my_share, num_ranks, wait_for_all
 from mohawk_nas.registry import load_plugin
@@ -47,6 +51,7 @@ from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.leases import Worker
 from mohawk_nas.search.objectives import BankScorer, PerTrialScorer
 from mohawk_nas.search.result import Placement, StudyResult
+from mohawk_nas.search.rungs import Distiller
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import SearchSpace, load_space
 from mohawk_nas.search.storages import locate_study
@@ -137,8 +142,8 @@ class Workbench:
     def probe(self, split: recall.Split) -> recall.RecallProbe | None:
         """The split's recall probe, None if the teacher solves none."""
         if split not in self._probes:
-            # As many questions to each block of the search split.
-            blocks = len(self.blocks["search"]) if split == "search" else 1
+            # As many questions to each block of a split on which layouts are compared.
+            blocks = len(self.blocks[split]) if split != "test" else 1
             sequences = -(-recall.NUM_SEQUENCES // blocks) * blocks
             self._probes[split] = recall.make_probe(self.teacher, split, num_sequences=sequences)
         return self._probes[split]
@@ -210,6 +215,10 @@ class Workbench:
                 f"{kept['students']:.1f} GiB of hidden states"
             )
         return scorer
+
+    def distiller(self, scorer: BankScorer) -> Distiller:
+        """Distils layouts for the rungs; what the scorer keeps in memory is let go for them."""
+        return _Distiller(self, scorer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,17 +300,68 @@ def _score(bench: Workbench, *, worker: Worker | None) -> StudyResult:
     def provenance(layout: Layout) -> Mapping[str, Any]:
         return {"bank": {str(i): bench.bank.key(i, layout[i]) for i in layout.replaced_layers}}
 
+    scorer = bench.scorer()
     return run_study(
         bench.study,
         bench.space,
         bench.budget,
-        bench.scorer(),
+        scorer,
         run_dir=bench.config.run_dir,
+        distiller=bench.distiller(scorer),
         provenance=provenance,
         reporter=bench.reporter,
         identity=bench.identity,
         worker=worker,
     )
+
+
+@dataclass(frozen=True)
+class _Distiller:
+    """Distils layouts for the study's rungs and measures them on the validation split."""
+
+    bench: Workbench
+    scorer: BankScorer
+
+    @property
+    def at_once(self) -> int:
+        self.scorer.release()
+        return students_at_once(self.bench.teacher)
+
+    def __call__(self, layouts: Sequence[Layout], tokens: int) -> list[Score]:
+        bench = self.bench
+        self.scorer.release()
+        config = dataclasses.replace(bench.config.distill.logits, tokens=tokens)
+        # A rung's text does not depend on which other rungs there are.
+        train = load_blocks(bench.config.data, bench.teacher.tokenizer, needed={"bank": tokens})
+        pairs = sorted({(i, layout[i]) for layout in layouts for i in layout.replaced_layers})
+        keep = bench.config.search.evaluation == "bank"
+        began = time.perf_counter()
+        bench.bank.train(pairs, reporter=bench.reporter, keep=keep)
+        # Again from the bank, not from the rung below: the schedule ends in a decay, so a student
+        # of the rung below is not one that could have been met on the way to this one.
+        figures = distil_layouts(
+            bench.teacher,
+            layouts,
+            bench.bank,
+            train=train["bank"],
+            config=config,
+            seed=bench.config.seed,
+            measure=self._measure,
+            reporter=bench.reporter,
+        )
+        seconds = (time.perf_counter() - began) / len(layouts)
+        block_size = bench.config.data.block_size
+        steps = num_steps(config, block_size) // config.accumulate
+        trained = steps * config.accumulate * config.batch_size * block_size
+        return [Score(per_block=found, tokens=trained, seconds=seconds) for found in figures]
+
+    def _measure(self, student: Any) -> dict[str, tuple[float, ...]]:
+        blocks = self.bench.blocks["validation"]
+        figures = {"kl": evaluate_blocks(self.bench.teacher, student, blocks).kl}
+        if (probe := self.bench.probe("validation")) is not None:
+            right = recall.answers(student, probe).unflatten(0, (-1, len(blocks))).mean(0)
+            figures["recall"] = tuple((1 - right / probe.teacher_recall).tolist())
+        return figures
 
 
 def help_search(config: StudyConfig) -> None:
@@ -539,6 +599,7 @@ def _write_best(path: Path, bench: Workbench, result: StudyResult) -> None:
             "tokens": best.score.tokens,
             "layouts_scored": len(result.trials),
             "layouts_possible": result.num_possible,
+            **({"rungs": _rung_figures(result)} if result.rungs else {}),
             "tied_with": [trial.layout.strip(symbols) for trial in result.ties],
         },
         "teacher": {
@@ -552,6 +613,22 @@ def _write_best(path: Path, bench: Workbench, result: StudyResult) -> None:
     text = "# Written by `mohawk-nas search`; `mohawk-nas distill` takes it from here.\n"
     with atomic_write(path) as beside:
         beside.write_text(text + yaml.safe_dump(content, sort_keys=False, width=100), "utf-8")
+
+
+def _rung_figures(result: StudyResult) -> list[dict[str, Any]]:
+    """What the best layout scores at each rung, distilled, on the validation split."""
+    figures = []
+    for rung in result.rungs:
+        if score := rung.scores.get(result.best.layout):
+            figures.append(
+                {
+                    "tokens": rung.tokens,
+                    "value": rung.value(result.best.layout),
+                    "objectives": {name: score.mean(name) for name in score.per_block},
+                    "layouts_distilled": len(rung.scores),
+                }
+            )
+    return figures
 
 
 def _anchored(config: StudyConfig) -> StudyConfig:

@@ -191,6 +191,8 @@ def make_plan(config: StudyConfig) -> Plan:
         * (forward + head),
     }
     logits = config.distill.logits
+    # The student's passes alone: several share the teacher's.
+    flops["rungs"] = 3 * (forward + head) * sum(n * count for n, count in plan.rungs.items())
     entry_params = sum(params[name] for name in entries)
     batch_tokens = max(bank.hidden.batch_size, bank.matrix.batch_size) * length
     return Plan(

@@ -27,7 +27,7 @@ from torch import Tensor
 from mohawk_nas.metrics import body
 from mohawk_nas.teacher import Teacher, logits_from_hidden
 
-__all__ = ["RecallProbe", "Split", "Template", "make_probe", "recall"]
+__all__ = ["RecallProbe", "Split", "Template", "answers", "make_probe", "recall"]
 
 Split = Literal["search", "validation", "test"]
 
@@ -161,12 +161,18 @@ def make_probe(
 @torch.no_grad()
 def recall(model: Any, probe: RecallProbe) -> float:
     """Share of a model's answers to a probe that are right, 0 to 1."""
+    return answers(model, probe).mean().item()
+
+
+@torch.no_grad()
+def answers(model: Any, probe: RecallProbe) -> Tensor:
+    """Share of right answers in each sequence, ``(S,)``."""
     device = next(model.parameters()).device
     shares = []
     for rows in probe.batches(NUM_TRIED):
         tokens = rows.to(device)
         shares.append(probe.right(model, body(model, tokens), tokens))
-    return torch.cat(shares).mean().item()
+    return torch.cat(shares)
 
 
 def _rows(

@@ -43,7 +43,8 @@ CHANGEABLE = (
     "bank.checkpoint_steps",
     "output",
 )
-CHANGEABLE_SECTIONS = ("distill.",)
+# So have rungs a study of their own, which tells recipes apart.
+CHANGEABLE_SECTIONS = ("search.rungs.", "distill.")
 
 
 IDENTITY = "identity.json"
@@ -122,8 +123,8 @@ def check_run_dir(config: StudyConfig) -> None:
             shown = "; ".join(f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in changed)
             raise RunError(
                 f"{folder}: was begun with other settings ({shown}). Only "
-                f"{', '.join(CHANGEABLE)} and distill may change; give the study another name, or "
-                "use --force to set the old run aside"
+                f"{', '.join(CHANGEABLE)}, search.rungs and distill may change; give the study "
+                "another name, or use --force to set the old run aside"
             )
     else:
         raise RunError(

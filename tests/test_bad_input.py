@@ -551,8 +551,8 @@ def test_a_resumed_run_names_what_may_not_change(run, study, refuse):
     assert refuse("search", study, "seed=3", "bank.hidden.lr=1e-4", "search.trials=9") == (
         f"{run}: was begun with other settings (bank.hidden.lr: 0.003 -> 0.0001; seed: 0 -> 3). "
         "Only search.trials, search.batch_size, search.storage, teacher.device, data.cache, "
-        "bank.path, bank.checkpoint_steps, output and distill may change; give the study another "
-        "name, or use --force to set the old run aside"
+        "bank.path, bank.checkpoint_steps, output, search.rungs and distill may change; give the "
+        "study another name, or use --force to set the old run aside"
     )
     message = refuse("score", study, "search.tokens=64", "--layout", "0,1")
     assert "(search.tokens: 128 -> 64)" in message

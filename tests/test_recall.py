@@ -200,6 +200,24 @@ def test_the_objective_is_the_share_of_recall_that_is_lost(bench):
         assert all(other.mean("recall") > score.mean("recall") for other in others)
 
 
+def test_rungs_tell_the_share_that_is_lost_after_distillation(bench, monkeypatch):
+    layout = next(iter(bench.budget.enumerate(bench.space)))
+    student = assemble(bench.teacher, layout, bench.bank)
+    blocks = len(bench.blocks["validation"])
+    probe = probe_for(bench, student, wrong=blocks // 2)
+    monkeypatch.setitem(bench._probes, "validation", probe)
+    # So little changes that it still answers as before.
+    slow = dataclasses.replace(bench.config.distill.logits, lr=1e-8)
+    distill = dataclasses.replace(bench.config.distill, logits=slow)
+    monkeypatch.setattr(bench, "config", dataclasses.replace(bench.config, distill=distill))
+    (score,) = bench.distiller(scorer(bench, probe))([layout], 100)
+    assert score.tokens == 64, "whole steps"
+    assert score.per_block["recall"] == pytest.approx(
+        [1 - 0.5 / 0.8] * (blocks // 2) + [1 - 1 / 0.8] * (blocks - blocks // 2)
+    )
+    assert len(score.per_block["kl"]) == blocks
+
+
 def test_a_study_leaves_recall_out_where_the_teacher_has_none(tmp_path):
     said = []
 

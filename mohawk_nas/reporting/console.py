@@ -44,6 +44,10 @@ def print_result(
     if result.baselines:
         console.print()
         console.print(_baseline_table(result, width=console.width))
+    if result.rungs:
+        console.print()
+        console.print(_rung_table(result))
+        _say(console, f"[dim]{text.rung_counts(result)}[/dim]")
     if result.worth.fitted or result.worth.swap_one or result.worth.add_one_in:
         console.print()
         console.print(_worth_table(result))
@@ -65,6 +69,7 @@ def print_placement(
     console.print(strip)
     known = " (the study has scored it too)" if placement.trial else ""
     tied = ", tied within noise" if placement.versus_best.tied else ""
+    tied += ", both undistilled" if result.top_rung else ""
     rank = f"rank {placement.rank} of {placement.num_trials}{known}"
     _say(console, f"{text.value_name(result)} {value:.4f}, {rank}")
     _say(
@@ -101,6 +106,18 @@ def _baseline_table(result: StudyResult, *, width: int) -> Table:
         looked = f"{cost.asked}" if cost else ""
         cells = _layout_cells(result, trial, trials, width)
         table.add_row(label, *cells, str(rank[trial.layout]), looked)
+    return table
+
+
+def _rung_table(result: StudyResult) -> Table:
+    columns, rows = text.rung_table(result)
+    table = _table("Rungs: the best are distilled, and the best of these longer")
+    table.add_column("keeps")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for layout, cells in rows.items():
+        style = "bold green" if layout == result.best.layout else ""
+        table.add_row(Text(text.layers(layout), style=style), *cells)
     return table
 
 

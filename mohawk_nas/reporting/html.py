@@ -76,6 +76,12 @@ def render_report(result: StudyResult, config: StudyConfig) -> str:
     ]
     if result.baselines:
         sections += ["<h2>Baselines: what simple rules choose</h2>", _baseline_table(result)]
+    if result.rungs:
+        sections += [
+            "<h2>Rungs: the best are distilled, and the best of these longer</h2>",
+            _rung_table(result),
+            f'<p class="soft">{escape(text.rung_counts(result))}</p>',
+        ]
     if result.worth.fitted:
         sections += ["<h2>What each layer is worth as attention</h2>", _worth_chart(result)]
         if result.worth.r_squared is not None:
@@ -118,6 +124,15 @@ def _baseline_table(result: StudyResult) -> str:
     columns = _columns(result)
     numbers = _numbers(result, [1 + len(columns), 2 + len(columns)])
     return _table(["baseline", *columns, "rank", "probes"], rows, numbers=numbers)
+
+
+def _rung_table(result: StudyResult) -> str:
+    columns, found = text.rung_table(result)
+    rows = [
+        [_strip(result, layout), text.layers(layout), *cells] for layout, cells in found.items()
+    ]
+    columns = ["layout", "keeps", *columns]
+    return _table(columns, rows, numbers=set(range(2, len(columns))))
 
 
 def _columns(result: StudyResult) -> list[str]:

@@ -88,6 +88,11 @@ def show_plan(config: StudyConfig, plan: Plan) -> None:
         probes = ", ".join(f"{name} {count:,}" for name, count in search.probes.items())
         table.add_row("  looked at besides", f"at most {sum(search.probes.values()):,} ({probes})")
     table.add_row("  tokens a layout", f"{plan.score_tokens:,}")
+    for tokens, count in search.rungs.items():
+        table.add_row(
+            f"  rung of {tokens:,} tokens",
+            f"at most {count:,} layouts are distilled, {count * tokens:,} tokens of stage 3",
+        )
     for stage, tokens in plan.distill_tokens.items():
         if tokens:
             table.add_row(f"distillation, {stage}", f"{tokens:,} tokens")

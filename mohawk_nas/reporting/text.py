@@ -42,14 +42,56 @@ def counts(result: StudyResult) -> list[str]:
     return lines
 
 
+def rung_counts(result: StudyResult) -> str:
+    """Who climbed how far, and what it took."""
+    steps = [
+        f"{len(rung.climbers):,} to {rung.tokens:,} tokens of stage 3"
+        + ("" if rung.complete else f" ({len(rung.scores):,} of these are distilled so far)")
+        for rung in result.rungs
+    ]
+    climbed = ", then ".join(steps)
+    scores = [score for rung in result.rungs for score in rung.scores.values()]
+    tokens, seconds = sum(s.tokens for s in scores), math.fsum(s.seconds for s in scores)
+    return (
+        f"Climbed, of {len(result.trials):,} layouts: {climbed}; {tokens:,} tokens and "
+        f"{seconds:,.0f} s in all. KL is that of distilled students on the validation split."
+    )
+
+
+def rung_table(result: StudyResult) -> tuple[list[str], dict[Layout, list[str]]]:
+    """Columns of figures, and those of each distilled layout; who came furthest and best first."""
+    recall = any("recall" in s.per_block for rung in result.rungs for s in rung.scores.values())
+    columns = [f"{value_name(result)} undistilled"]
+    columns += [f"KL at {rung.tokens:,}" for rung in result.rungs]
+    columns += [*(["recall lost"] if recall else []), "tokens", "seconds"]
+    rows: dict[Layout, list[str]] = {}
+    for layout in dict.fromkeys(x for rung in reversed(result.rungs) for x in rung.ranking):
+        found = [rung.scores.get(layout) for rung in result.rungs]
+        scores = [score for score in found if score]
+        rows[layout] = [
+            f"{result.by_layout[layout].value:.4f}",
+            *(f"{score.mean('kl'):.4f}" if score else "-" for score in found),
+            *([f"{scores[-1].mean('recall'):.4f}"] if recall else []),
+            f"{sum(score.tokens for score in scores):,}",
+            f"{math.fsum(score.seconds for score in scores):,.1f}",
+        ]
+    return columns, rows
+
+
 def verdict(result: StudyResult) -> list[str]:
     """The best layout and those that cannot be told from it."""
     best, ties = result.best, result.ties
-    lines = [
-        f"Best: attention in layers {layers(best.layout)}, {value_name(result)} {best.value:.4f}."
-    ]
+    figure = f"{value_name(result)} {best.value:.4f}"
+    if top := result.top_rung:
+        name = next(iter(top.weights)) if len(top.weights) == 1 else "value"
+        figure = (
+            f"{name} {top.value(best.layout):.4f} after {top.tokens:,} tokens of stage 3 "
+            f"({figure} undistilled)"
+        )
+    lines = [f"Best: attention in layers {layers(best.layout)}, {figure}."]
     if not ties:
-        return [*lines, "No other layout that was scored is tied with it."]
+        how = "distilled as long" if result.top_rung else "scored"
+        return [*lines, f"No other layout that was {how} is tied with it."]
     named = " | ".join(layers(trial.layout) for trial in ties[:MOST_TIES])
     rest = f" and {len(ties) - MOST_TIES} more" if len(ties) > MOST_TIES else ""
     subject = "1 other layout is" if len(ties) == 1 else f"{len(ties)} other layouts are"
@@ -67,6 +109,8 @@ def reading(result: StudyResult) -> str:
         "Behind the best: mean difference over the same blocks of text ± its standard error; "
         f"{TIED_MARK} marks a tie, at most two standard errors."
     )
+    if result.top_rung:
+        parts.append("All undistilled; the best is that of the highest rung.")
     return " ".join(parts)
 
 

@@ -2,9 +2,9 @@
 
 Trials stand in the study that has the study's name: one for each distinct layout on the budget, so
 that Optuna's own tools can open it. Probes, which may be off the budget, stand in a second study
-called ``NAME.probes``. Each is written as running before it is scored, and whole before it counts
-as complete. A process that is killed leaves one of them running at most, which others mark as
-failed (``leases.py``).
+called ``NAME.probes``; distilled scores, one for each layout, tokens and recipe, in a third called
+``NAME.rungs``. Each is written as running before it is scored, and whole before it counts
+as complete. What a process that is killed leaves running, others mark as failed (``leases.py``).
 
 No layout is scored twice, whoever works at the study. A worker first writes down what it is about
 to score, and then reads what others have written: of two running trials of one layout the lower
@@ -19,7 +19,7 @@ import bisect
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +54,7 @@ class Ledger:
         settings: What the scores depend on. A storage that holds the study with other settings is
             refused.
         identity: What else they depend on, by name: the teacher, the text. None checks nothing.
+        rungs: Whether the study has rungs above 0.
         begin: Make the study if there is none, and mark trials as failed whose workers have
             stopped. False only reads, so it does not disturb a search that is going on.
 
@@ -72,6 +73,7 @@ class Ledger:
         leases: Leases,
         settings: Mapping[str, Any],
         identity: Mapping[str, Any] | None = None,
+        rungs: bool = False,
         begin: bool,
     ) -> None:
         self._space = space
@@ -81,6 +83,11 @@ class Ledger:
         self._begin = begin
         self._trial_study, made = _open_study(storage, name, begin=begin)
         self._probe_study, _ = _open_study(storage, f"{name}.probes", begin=begin)
+        self._rung_study: int | None = None
+        if rungs:
+            # Studies that are only read may have been searched without.
+            with contextlib.suppress(RunError):
+                self._rung_study, _ = _open_study(storage, f"{name}.rungs", begin=begin)
         self._check(name, settings, identity or {}, made=made)
         self.trials: list[Trial] = []
         """In the order in which they were begun."""
@@ -89,6 +96,10 @@ class Ledger:
         """Layouts that others are scoring as trials -> the trials' numbers."""
         self.probing: dict[Layout, int] = {}
         """The same for probes."""
+        self.distilling: set[tuple[Layout, int]] = set()
+        """(layout, tokens) that others are distilling."""
+        self.num_distilled = 0
+        """Distillations that are complete."""
         self._trial_numbers: list[int] = []
         self._probe_numbers: list[int] = []
         self._scores: dict[Layout, Score] = {}
@@ -186,6 +197,67 @@ class Ledger:
             score=lambda: score(layout),
         )
 
+    def rung_scores(self, recipe: Mapping[str, Any]) -> dict[tuple[Layout, int], Score]:
+        """(layout, tokens) -> score, of what was distilled by a recipe."""
+        return {
+            (self._layout(frozen), frozen.user_attrs["rung"]): Score.from_dict(
+                frozen.user_attrs["score"]
+            )
+            for frozen in self._rungs()
+            if frozen.state == TrialState.COMPLETE and frozen.user_attrs["recipe"] == recipe
+        }
+
+    def run_rung(
+        self,
+        layouts: Sequence[Layout],
+        distil: Callable[[Sequence[Layout], int], Sequence[Score]],
+        *,
+        tokens: int,
+        recipe: Mapping[str, Any],
+        value: Callable[[Score], float],
+    ) -> None:
+        """Distil layouts side by side, those left out that others have taken in the meantime.
+
+        Whatever ``distil`` raises marks them as failed and is raised again.
+
+        Args:
+            layouts: What to distil.
+            distil: Given layouts and tokens, gives a score each.
+            tokens: The rung's.
+            recipe: As of :meth:`rung_scores`.
+            value: Of a score, for the Optuna trial.
+        """
+        assert self._rung_study is not None
+        storage, leases, begun = self._storage, self._leases, dict[Layout, int]()
+        with contextlib.ExitStack() as beats:
+            try:
+                for layout in layouts:
+                    attrs = {
+                        "layout": layout.strip(self._space.symbols),
+                        "attention_layers": list(layout.attention_layers),
+                        "rung": tokens,
+                        "recipe": dict(recipe),
+                        **leases.attrs(),
+                    }
+                    begun[layout] = storage.create_new_trial(
+                        self._rung_study, self._template(layout, attrs)
+                    )
+                    beats.enter_context(leases.beating(begun[layout]))
+                for layout in layouts:
+                    number = storage.get_trial_number_from_id(begun[layout])
+                    if self._is_taken(layout, tokens, recipe, number):
+                        self._fail(begun.pop(layout), "same layout as an earlier distillation")
+                scores = distil(list(begun), tokens) if begun else []
+            except BaseException as e:
+                for trial_id in begun.values():
+                    self._fail(trial_id, f"interrupted: {type(e).__name__}: {e}".rstrip(": "))
+                raise
+        for trial_id, score in zip(begun.values(), scores, strict=True):
+            # Others may have given this worker up, and one of them distils the layout.
+            with contextlib.suppress(UpdateFinishedTrialError):
+                storage.set_trial_user_attr(trial_id, "score", score.to_dict())
+                storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value(score)])
+
     def note(self, key: str, value: Any) -> None:
         """Keep something about the study as a whole; what a key held before is lost."""
         if self.notes().get(key) != value:
@@ -237,6 +309,7 @@ class Ledger:
     def _read(self) -> None:
         self.pending = self._read_study(self._trial_study, self._trial_numbers)
         self.probing = self._read_study(self._probe_study, self._probe_numbers)
+        self._read_rungs()
 
     def _read_study(self, study: int, entered: list[int]) -> dict[Layout, int]:
         """Enter what has been completed; what others are scoring -> its number."""
@@ -254,6 +327,40 @@ class Ledger:
                     # The first of several keeps it.
                     running.setdefault(self._layout(frozen), frozen.number)
         return running
+
+    def _rungs(self) -> list[FrozenTrial]:
+        if self._rung_study is None:
+            return []
+        return self._storage.get_all_trials(self._rung_study, deepcopy=False)
+
+    def _is_taken(
+        self, layout: Layout, tokens: int, recipe: Mapping[str, Any], number: int
+    ) -> bool:
+        """Whether others have distilled the layout or began to before trial ``number``."""
+        wanted = (layout, tokens, recipe)
+        for frozen in self._rungs():
+            attrs = frozen.user_attrs
+            same = (self._layout(frozen), attrs["rung"], attrs["recipe"]) == wanted
+            done = frozen.state == TrialState.COMPLETE
+            running = frozen.state == TrialState.RUNNING and frozen.number < number
+            if same and (done or running):
+                return True
+        return False
+
+    def _read_rungs(self) -> None:
+        study, frozens, running = self._rung_study, self._rungs(), set[tuple[Layout, int]]()
+        for frozen in frozens:
+            if frozen.state == TrialState.RUNNING and self._begin:
+                assert study is not None
+                if self._leases.has_stopped(study, frozen):
+                    self._fail(
+                        self._storage.get_trial_id_from_study_id_trial_number(study, frozen.number),
+                        "its worker stopped",
+                    )
+                elif not self._leases.is_mine(frozen):
+                    running.add((self._layout(frozen), frozen.user_attrs["rung"]))
+        self.distilling = running
+        self.num_distilled = sum(frozen.state == TrialState.COMPLETE for frozen in frozens)
 
     def _check(
         self, name: str, settings: Mapping[str, Any], identity: Mapping[str, Any], *, made: bool

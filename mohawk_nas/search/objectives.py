@@ -105,6 +105,12 @@ class BankScorer:
             seconds=time.perf_counter() - began,
         )
 
+    def release(self) -> None:
+        """Let go of what was kept, for whoever needs the memory; it is made again when needed."""
+        for name in ("_made", "_runner", "_asked"):
+            self.__dict__.pop(name, None)
+        _collect(self.teacher.device)
+
     def stage2_losses(self) -> dict[tuple[int, str], float]:
         """Relative stage-2 distance of every (layer, candidate) on the search split."""
         return {pair: distances.mean().item() for pair, distances in self._local.items()}
@@ -261,7 +267,12 @@ def _memory_for(device: torch.device) -> dict[str, int]:
     if device.type != "cuda":
         return dict(KEPT_BYTES)
     # What training has left is given back first.
-    gc.collect()
-    torch.cuda.empty_cache()
+    _collect(device)
     free, _ = torch.cuda.mem_get_info(device)
     return {name: int(share * free) for name, share in KEPT_SHARES.items()}
+
+
+def _collect(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

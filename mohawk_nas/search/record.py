@@ -14,11 +14,15 @@ from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.leases import DEFAULT_PACE, Leases, Pace, Worker
 from mohawk_nas.search.ledger import Ledger
 from mohawk_nas.search.result import StudyResult
+from mohawk_nas.search.rungs import Rung, build_pruner, climb, rung_recipe
 from mohawk_nas.search.space import SearchSpace
 from mohawk_nas.search.storages import is_shared, locate_study, opened
 from mohawk_nas.search.strategy import named_baselines
 
-__all__ = ["is_solved", "load_result", "open_ledger", "study_result"]
+__all__ = ["RECIPE", "is_solved", "load_result", "open_ledger", "study_result", "study_rungs"]
+
+RECIPE = "recipe of the rungs"
+"""Note that says by which recipe the rungs were last distilled."""
 
 
 def load_result(
@@ -65,6 +69,7 @@ def open_ledger(
             leases=leases,
             settings=_settings(config, space),
             identity=identity,
+            rungs=bool(search.rungs.tokens),
             begin=begin,
         )
 
@@ -73,7 +78,10 @@ def study_result(
     config: StudyConfig, space: SearchSpace, budget: Budget, ledger: Ledger
 ) -> StudyResult:
     """What a ledger holds, as a result."""
-    notes = ledger.notes()
+    notes, recipe = ledger.notes(), rung_recipe(config.distill.logits)
+    if not ledger.rung_scores(recipe):
+        # What a study is read for, an audit say, may have a recipe of its own.
+        recipe = notes.get(RECIPE, recipe)
     # Earlier versions kept all in two notes.
     baselines, asked = dict(notes.get("baselines", {})), dict(notes.get("asked", {}))
     for label in named_baselines(config.search.baselines):
@@ -91,6 +99,20 @@ def study_result(
         baselines={label: Layout(tuple(names)) for label, names in baselines.items()},
         asked=asked,
         solved=is_solved(config.search),
+        rungs=study_rungs(config, ledger, recipe),
+    )
+
+
+def study_rungs(config: StudyConfig, ledger: Ledger, recipe: Mapping[str, Any]) -> tuple[Rung, ...]:
+    """A study's rungs above 0 by a recipe, as far as they are known, the lowest first."""
+    search = config.search
+    ranked = sorted(ledger.trials, key=lambda trial: (trial.value, trial.number))
+    return climb(
+        [(trial.layout, trial.score) for trial in ranked],
+        weights=search.objective,
+        tokens=search.rungs.tokens,
+        pruner=build_pruner(search.rungs.pruner),
+        found=ledger.rung_scores(recipe),
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.rungs import Rung
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import SearchSpace
 
@@ -136,6 +137,8 @@ class StudyResult:
     """Selector -> distinct layouts it looked at by probes."""
     solved: bool
     """Whether the best layout follows from the single layers' losses and needed no search."""
+    rungs: tuple[Rung, ...] = ()
+    """Who was distilled, the lowest rung first; the last one may be incomplete."""
 
     @cached_property
     def ranking(self) -> tuple[Trial, ...]:
@@ -144,8 +147,13 @@ class StudyResult:
 
     @property
     def best(self) -> Trial:
-        """The trial with the lowest value."""
-        return self.ranking[0]
+        """The trial with the lowest value; if layouts were distilled, at the highest rung."""
+        return self.by_layout[self.top_rung.ranking[0]] if self.top_rung else self.ranking[0]
+
+    @cached_property
+    def top_rung(self) -> Rung | None:
+        """The highest rung at which all who climbed to it are scored."""
+        return next((rung for rung in reversed(self.rungs) if rung.complete), None)
 
     @cached_property
     def num_possible(self) -> int:
@@ -164,7 +172,18 @@ class StudyResult:
 
     @cached_property
     def ties(self) -> tuple[Trial, ...]:
-        """Trials that cannot be told from the best within noise, the best itself left out."""
+        """Trials that cannot be told from the best within noise, the best itself left out.
+
+        If layouts were distilled, those of the highest rung.
+        """
+        if top := self.top_rung:
+            best = top.scores[self.best.layout]
+            others = [layout for layout in top.ranking if layout != self.best.layout]
+            return tuple(
+                self.by_layout[layout]
+                for layout in others
+                if compare(top.scores[layout], best, top.weights).tied
+            )
         return tuple(t for t in self.ranking[1:] if self.versus_best(t).tied)
 
     @cached_property
@@ -194,7 +213,7 @@ class StudyResult:
         return tuple(label for label, named in self.baselines.items() if named == layout)
 
     def versus_best(self, trial: Trial) -> Comparison:
-        """A trial against the best one."""
+        """A trial against the best one, both undistilled."""
         return compare(trial.score, self.best.score, self.weights)
 
     def anytime(self) -> list[float]:

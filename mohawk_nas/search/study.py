@@ -26,8 +26,16 @@ from mohawk_nas.reporting import SILENT, Reporter, Task
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.leases import DEFAULT_PACE, Pace, Worker
 from mohawk_nas.search.ledger import Ledger
-from mohawk_nas.search.record import is_solved, load_result, open_ledger, study_result
+from mohawk_nas.search.record import (
+    RECIPE,
+    is_solved,
+    load_result,
+    open_ledger,
+    study_result,
+    study_rungs,
+)
 from mohawk_nas.search.result import StudyResult
+from mohawk_nas.search.rungs import Distiller, build_pruner, rung_recipe, rung_weights
 from mohawk_nas.search.scoring import Score, Scorer
 from mohawk_nas.search.space import SearchSpace
 from mohawk_nas.search.storages import check_storage
@@ -68,6 +76,8 @@ class SearchPlan:
     """Whether every possible layout will be scored."""
     solved: bool
     """Whether the optimum is computed, so that only it and the baselines are scored."""
+    rungs: Mapping[int, int]
+    """Stage-3 tokens of a rung -> layouts that climb to it at most."""
 
 
 def check_search(
@@ -84,6 +94,10 @@ def check_search(
     known = strategy_names()
     try:
         build_strategy(config.strategy, where="search.strategy")
+    except ConfigError as e:
+        problems += e.problems
+    try:
+        build_pruner(config.rungs.pruner)
     except ConfigError as e:
         problems += e.problems
     if space and budget:
@@ -122,12 +136,16 @@ def plan_search(config: SearchConfig, space: SearchSpace, budget: Budget) -> Sea
     for label, selector in named_baselines(config.baselines).items():
         if selector and (count := selector.num_probes(space, budget)):
             probes[label] = count
+    rungs, climbers = {}, min(possible, config.trials)
+    for tokens in config.rungs.tokens:
+        rungs[tokens] = climbers = build_pruner(config.rungs.pruner).limit(climbers)
     return SearchPlan(
         possible=possible,
         trials=min(possible, config.trials),
         probes=probes,
         exhaustive=possible <= config.trials and not solved,
         solved=solved,
+        rungs=rungs,
     )
 
 
@@ -138,6 +156,7 @@ def run_study(
     scorer: Scorer,
     *,
     run_dir: Path | None,
+    distiller: Distiller | None = None,
     provenance: Provenance | None = None,
     reporter: Reporter = SILENT,
     identity: Mapping[str, Any] | None = None,
@@ -153,6 +172,7 @@ def run_study(
         scorer: Scores a layout; must give the same numbers whenever it is asked.
         run_dir: Folder of ``study.db`` or ``study.journal``, unless the config names a storage.
             None keeps everything in memory.
+        distiller: Distils layouts, if ``search.rungs`` asks for it.
         provenance: Says where a layout's weights come from; kept with its trial as JSON.
         reporter: Told what happens.
         identity: What the scores depend on besides the settings, by name. A storage in which the
@@ -175,6 +195,9 @@ def run_study(
         study = _Study(config, space, budget, scorer, ledger, provenance, reporter, worker, pace)
         study.run_baselines()
         study.run_strategy()
+        if config.search.rungs.tokens:
+            assert distiller is not None, "rungs need a distiller"
+            study.run_rungs(distiller)
         return study_result(config, space, budget, ledger)
 
 
@@ -273,6 +296,44 @@ class _Study:
                 else:
                     self._reporter.say(f"{strategy.label} has nothing left to propose")
                     break
+
+    def run_rungs(self, distiller: Distiller) -> None:
+        """Distil layouts, rung by rung, until nobody is left to climb."""
+        recipe, told = rung_recipe(self._config.distill.logits), 0
+        self._ledger.note(RECIPE, recipe)
+        while True:
+            self._ledger.refresh()
+            rungs = study_rungs(self._config, self._ledger, recipe)
+            if not rungs:
+                self._reporter.say("every layer keeps attention: there is nothing to distil")
+                return
+            rung = rungs[-1]
+            if rung.complete:
+                return
+            if rung.tokens > told:
+                told = rung.tokens
+                count = len(rung.climbers)
+                self._reporter.say(
+                    f"{count} layout{' is' if count == 1 else 's are'} distilled on {told:,} "
+                    f"tokens; {len(rung.scores)} done"
+                )
+            left = [x for x in rung.climbers if x not in rung.scores]
+            free = [x for x in left if (x, rung.tokens) not in self._ledger.distilling]
+            if not free:
+                # One of those at it may stop, and its layouts are free again.
+                time.sleep(self._pace.look_every)
+                continue
+            if self._ledger.alone:
+                group = free[: distiller.at_once]
+            else:
+                # Side by side they share the teacher's work, but one alone keeps more workers busy.
+                group = [self._chance.choice(free) if self._ledger.distilling else free[0]]
+            self._ledger.run_rung(
+                group, distiller, tokens=rung.tokens, recipe=recipe, value=self._rung_value
+            )
+
+    def _rung_value(self, score: Score) -> float:
+        return score.value(rung_weights(self._config.search.objective, [score]))
 
     def _solve(self) -> None:
         layout = solve_local(self._space, self._budget, self._scorer.stage2_losses())

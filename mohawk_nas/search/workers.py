@@ -211,7 +211,7 @@ def run_crew(
             Crew(target, arguments, environments=environments) as crew,
         ):
             told: list[str] = []
-            shown = len(trials), len(ledger.probes)
+            shown = len(trials), len(ledger.probes), ledger.num_distilled
             working = True
             while working:
                 # Asked first: one that ends while this looks is told of in the next round.
@@ -230,8 +230,8 @@ def run_crew(
         return study_result(config, space, budget, ledger)
 
 
-def _show(ledger: Ledger, shown: tuple[int, int], task: Task) -> tuple[int, int]:
-    counts = len(ledger.trials), len(ledger.probes)
+def _show(ledger: Ledger, shown: tuple[int, int, int], task: Task) -> tuple[int, int, int]:
+    counts = len(ledger.trials), len(ledger.probes), ledger.num_distilled
     if counts != shown:
         figures: dict[str, Any] = {}
         if ledger.trials:
@@ -239,6 +239,8 @@ def _show(ledger: Ledger, shown: tuple[int, int], task: Task) -> tuple[int, int]
             figures = {"value": best.value, "best": best.layout.strip(ledger.symbols)}
         if ledger.probes:
             figures["probes"] = str(counts[1])
+        if ledger.num_distilled:
+            figures["distilled"] = str(counts[2])
         task.advance(counts[0] - shown[0], **figures)
     return counts
 

@@ -1,0 +1,490 @@
+"""Rungs: who climbs, what survives a kill, what several workers share, what is distilled."""
+
+import hashlib
+import io
+import multiprocessing
+import os
+import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import optuna
+import pytest
+import yaml
+from rich.console import Console
+from synthetic_search import SyntheticScorer, make
+from tiny_study import make_study, make_teacher, make_text
+
+from mohawk_nas import pipeline
+from mohawk_nas.audit import audit
+from mohawk_nas.config import RungsConfig
+from mohawk_nas.distill.several import distil_layouts
+from mohawk_nas.errors import ConfigError
+from mohawk_nas.layout import Layout
+from mohawk_nas.metrics import evaluate_blocks
+from mohawk_nas.plan import make_plan
+from mohawk_nas.reporting import Silent
+from mohawk_nas.reporting.console import print_result
+from mohawk_nas.reporting.html import render_report
+from mohawk_nas.search.leases import Pace, Worker
+from mohawk_nas.search.record import open_ledger
+from mohawk_nas.search.result import compare
+from mohawk_nas.search.rungs import Halving, Wilcoxon, build_pruner, climb, rung_recipe
+from mohawk_nas.search.scoring import Score
+from mohawk_nas.search.study import load_result, plan_search, run_study
+
+NOISE = np.random.default_rng(3).normal(size=(12, 32))
+
+
+def rows(*means, noise=0.0):
+    return [tuple(mean + noise * NOISE[i]) for i, mean in enumerate(means)]
+
+
+# Pruners
+
+
+def test_halving_takes_the_best_part_and_two_at_least():
+    assert Halving(factor=4).climbers(rows(*range(12))) == [0, 1, 2]
+    assert Halving(factor=2).climbers(rows(*range(9))) == [0, 1, 2, 3]
+    assert Halving(factor=4).climbers(rows(*range(3))) == [0, 1]
+    assert Halving(factor=4).climbers(rows(0)) == [0]
+
+
+def test_wilcoxon_takes_those_that_cannot_be_told_from_the_best():
+    blocks = rows(0.0, 0.05, 3.0, 0.1, 4.0, noise=1.0)
+    assert Wilcoxon().climbers(blocks) == [0, 1, 3]
+    assert Wilcoxon(most=2).climbers(blocks) == [0, 1]
+    # What lies above the best in every block is worse, however little; what equals it is not.
+    assert Wilcoxon().climbers(rows(1.0, 1.0, 1.0 + 1e-6)) == [0, 1]
+    assert Wilcoxon().climbers([blocks[0], (float("inf"),) * 32]) == [0]
+
+
+def test_a_stricter_wilcoxon_lets_more_climb():
+    # Two blocks of 32 speak for the second layout, with the largest differences.
+    other = np.full(32, 0.1)
+    other[:6] = -1.0
+    blocks = [tuple(np.zeros(32)), tuple(other)]
+    p = [Wilcoxon(p=p).climbers(blocks) for p in (1e-6, 0.9)]
+    assert p == [[0, 1], [0]]
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("halve", "search.rungs.pruner: unknown pruner 'halve'; .* Did you mean 'halving'"),
+        (["halving"], "search.rungs.pruner: unknown pruner"),
+        ({"name": "halving", "p": 0.1}, r"search.rungs.pruner.p: unknown option.*\['factor'\]"),
+        ({"name": "halving", "factor": 1}, "`factor >= 2` must hold, but got 1"),
+        ({"name": "wilcoxon", "p": 1.0}, "`0 < p < 1` must hold"),
+        ({"name": "wilcoxon", "most": 0}, "`most >= 1` must hold"),
+    ],
+    ids=str,
+)
+def test_what_a_pruner_cannot_be(choice, message):
+    with pytest.raises(ConfigError, match=message):
+        build_pruner(choice)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([32], r"search.rungs.tokens: each must be at least one step of distill.logits, 64 tokens"),
+        ([640, 640], r"search.rungs.tokens: must rise from rung to rung, but got \[640, 640\]"),
+        (64, "search.rungs.tokens: must be a list, but got 64"),
+    ],
+    ids=str,
+)
+def test_what_rungs_cannot_be(tmp_path, tokens, message):
+    with pytest.raises(ConfigError, match=message):
+        make_study(tmp_path, f"search.rungs.tokens={tokens}")
+
+
+# Who climbs
+
+
+def score(blocks):
+    return Score(per_block={"kl": tuple(blocks)}, tokens=1, seconds=1.0)
+
+
+def test_each_rung_decides_by_its_own_figures():
+    layouts = [Layout.keeping((i,), num_layers=12, replacement="ssm") for i in range(12)]
+    ranked = [(x, score(b)) for x, b in zip(layouts, rows(*range(12)), strict=True)]
+    figures = {0: [5, 4, 3, 2, 1, 0], 1: [7, 8, 9, 7, 6, 7]}
+    found = {
+        (layouts[i], tokens): score(rows(value)[0])
+        for tokens, values in zip((100, 200), figures.values(), strict=True)
+        for i, value in enumerate(values)
+    }
+    options = {"weights": {"kl": 1.0}, "tokens": [100, 200], "pruner": Halving(factor=2)}
+    one, two = climb(ranked, found=found, **options)
+    assert one.climbers == tuple(layouts[:6]) and one.ranking == tuple(layouts[5::-1])
+    assert two.climbers == (layouts[5], layouts[4], layouts[3])
+    # Of equal ones the better of the rung below is first.
+    assert two.ranking == (layouts[4], layouts[5], layouts[3])
+    assert one.complete and two.complete
+    del found[layouts[2], 100]
+    (partial,) = climb(ranked, found=found, **options)
+    assert not partial.complete and len(partial.ranking) == 5
+
+
+def test_an_objective_that_is_not_measured_there_becomes_kl():
+    layouts = [Layout.keeping((i,), num_layers=4, replacement="ssm") for i in range(4)]
+    below = Score(per_block={"stage2_cascade": (1.0, 2.0)}, tokens=1, seconds=1.0)
+    above = Score(per_block={"kl": (1.0, 3.0), "recall": (9.0, 9.0)}, tokens=1, seconds=1.0)
+    options = {"tokens": [9], "pruner": Halving(), "found": {(x, 9): above for x in layouts}}
+    (rung,) = climb([(x, below) for x in layouts], weights={"stage2_cascade": 3.0}, **options)
+    assert rung.value(layouts[0]) == 2.0
+    below = above
+    weights = {"kl": 1.0, "recall": 0.5}
+    (rung,) = climb([(x, below) for x in layouts], weights=weights, **options)
+    assert rung.value(layouts[0]) == 6.5
+
+
+# Studies with made-up scores
+
+
+class MadeUpDistiller:
+    """Values of its own for each layout and budget; those of rung 0 say little about them."""
+
+    at_once = 3
+
+    def __init__(self, pause=0.0):
+        self.done = []
+        self.pause = pause
+
+    def __call__(self, layouts, tokens):
+        time.sleep(self.pause)
+        found = []
+        for layout in layouts:
+            digest = hashlib.sha256(f"{layout.key()} {tokens}".encode()).hexdigest()
+            blocks = int(digest[:6], 16) / 2**24 + 0.01 * NOISE[int(digest[:6], 16) % 12]
+            found.append(Score(per_block={"kl": tuple(blocks)}, tokens=tokens, seconds=2.0))
+            self.done.append((layout, tokens))
+        return found
+
+
+class Stopper(MadeUpDistiller):
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def __call__(self, layouts, tokens):
+        if not self.after:
+            raise KeyboardInterrupt
+        self.after -= 1
+        return super().__call__(layouts, tokens)
+
+
+def study(distiller, run_dir, *, tokens=(100, 400), pruner="halving", worker=None, **options):
+    options = {"trials": 28, "baselines": ["uniform"], **options}
+    options["rungs"] = RungsConfig(tokens=list(tokens), pruner=pruner)
+    config, space, budget = make(8, 2, **options)
+    scorer = SyntheticScorer(8, pairs=1.0)
+    pace = Pace(beat_every=0.1, patience=5.0, look_every=0.01)
+    return run_study(
+        config,
+        space,
+        budget,
+        scorer,
+        run_dir=run_dir,
+        distiller=distiller,
+        worker=worker,
+        pace=pace,
+    )
+
+
+def essence(result):
+    rungs = [(r.tokens, r.climbers, dict(r.scores), r.ranking) for r in result.rungs]
+    trials = [(t.layout, t.score) for t in result.trials]
+    return trials, rungs, result.best.layout, [t.layout for t in result.ties]
+
+
+def rung_trials(path):
+    return optuna.load_study(
+        study_name="made-up.rungs", storage=f"sqlite:///{path}/study.db"
+    ).trials
+
+
+def test_the_best_of_the_highest_rung_is_the_best(tmp_path):
+    distiller = MadeUpDistiller()
+    result = study(distiller, tmp_path)
+    one, two = result.rungs
+    assert one.climbers == tuple(trial.layout for trial in result.ranking[:7])
+    assert two.climbers == one.ranking[:2] and len(distiller.done) == 9 == len(set(distiller.done))
+    assert result.best.layout == two.ranking[0] != result.ranking[0].layout
+    versus = compare(two.scores[two.ranking[1]], two.scores[two.ranking[0]], two.weights)
+    assert [t.layout for t in result.ties] == ([two.ranking[1]] if versus.tied else [])
+    kept = rung_trials(tmp_path)
+    assert [t.user_attrs["rung"] for t in kept] == [100] * 7 + [400] * 2
+    assert kept[-1].value == two.scores[two.climbers[1]].mean("kl")
+    assert sum(t.user_attrs["score"]["seconds"] for t in kept) == 18.0
+    # Results load without a distiller, and an ended study distils nothing.
+    again = MadeUpDistiller()
+    assert essence(study(again, tmp_path)) == essence(result) and not again.done
+
+
+def test_wilcoxon_climbs_in_a_study(tmp_path):
+    result = study(MadeUpDistiller(), None, pruner={"name": "wilcoxon", "most": 5}, tokens=[100])
+    (rung,) = result.rungs
+    # Without noise every other layout is worse in each block.
+    assert rung.climbers == (result.ranking[0].layout,) == (result.best.layout,)
+    assert not result.ties
+
+
+def test_without_rungs_a_study_is_as_before(tmp_path):
+    result = study(None, tmp_path, tokens=[])
+    assert result.rungs == () and result.best == result.ranking[0]
+    names = optuna.get_all_study_names(f"sqlite:///{tmp_path}/study.db")
+    assert sorted(names) == ["made-up", "made-up.probes"]
+
+
+def test_rungs_stopped_at_any_point_go_on_as_if_unbroken(tmp_path):
+    whole = MadeUpDistiller()
+    unbroken = study(whole, None)
+    stops, done = 0, []
+    while True:
+        distiller = Stopper(after=1)
+        try:
+            result = study(distiller, tmp_path)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+            done += distiller.done
+    # The first rung takes 3, 3 and 1, the second 2.
+    assert stops == 3 and essence(result) == essence(unbroken)
+    assert done + distiller.done == whole.done, "nothing is distilled twice"
+    reasons = [t.user_attrs.get("reason") for t in rung_trials(tmp_path)]
+    assert reasons.count("interrupted: KeyboardInterrupt") == 3 + 1 + 2
+
+
+def killed(run_dir, after):
+    class Killed(MadeUpDistiller):
+        def __call__(self, layouts, tokens):
+            if len(self.done) >= after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(layouts, tokens)
+
+    study(Killed(), run_dir)
+
+
+def test_a_killed_study_ends_as_an_unbroken_one(tmp_path):
+    for after in (0, 3, 1, 1):
+        child = multiprocessing.get_context("fork").Process(target=killed, args=(tmp_path, after))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    distiller = MadeUpDistiller()
+    assert essence(study(distiller, tmp_path)) == essence(study(MadeUpDistiller(), None))
+    # The last kill came when the first rung was complete.
+    assert [tokens for _, tokens in distiller.done] == [400, 400]
+    rungs = RungsConfig(tokens=[100, 400])
+    config, space, budget = make(8, 2, baselines=["uniform"], trials=28, rungs=rungs)
+    loaded = load_result(config, space, budget, run_dir=tmp_path)
+    assert essence(loaded) == essence(study(MadeUpDistiller(), None))
+
+
+def test_a_rung_added_later_keeps_what_was_distilled(tmp_path):
+    study(MadeUpDistiller(), tmp_path, tokens=[100])
+    distiller = MadeUpDistiller()
+    result = study(distiller, tmp_path)
+    assert essence(result) == essence(study(MadeUpDistiller(), None))
+    assert [tokens for _, tokens in distiller.done] == [400, 400]
+
+
+def test_workers_share_the_distillations(tmp_path):
+    storage = f"journal:{tmp_path / 'study.journal'}"
+    distillers = [MadeUpDistiller(pause=0.05) for _ in range(2)]
+
+    def work(number):
+        return study(
+            distillers[number],
+            None,
+            pruner={"name": "halving", "factor": 2},
+            storage=storage,
+            worker=Worker(number=number),
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(work, range(2)))
+    assert essence(results[0])[1:] == essence(results[1])[1:]
+    rungs = results[0].rungs
+    assert [len(rung.climbers) for rung in rungs] == [14, 7]
+    done = [x for distiller in distillers for x in distiller.done]
+    assert len(done) == 21 == len(set(done)), "nothing is distilled twice"
+    for distiller in distillers:
+        assert len(distiller.done) >= 7
+
+
+def test_two_that_begin_the_same_layout_distil_it_once(tmp_path):
+    storage = f"journal:{tmp_path / 'study.journal'}"
+    config, space, budget = make(8, 2, storage=storage, rungs=RungsConfig(tokens=[100]))
+    layouts, distiller, recipe = list(budget.enumerate(space))[:3], MadeUpDistiller(), {"lr": 1.0}
+    options = {"tokens": 100, "recipe": recipe, "value": lambda score: score.mean("kl")}
+    with (
+        open_ledger(config, space, run_dir=None, begin=True) as one,
+        open_ledger(config, space, run_dir=None, begin=True) as other,
+    ):
+
+        def meanwhile(mine, tokens):
+            other.refresh()
+            assert other.distilling == {(layout, 100) for layout in layouts[:2]}
+            # As one that had looked before the first began.
+            other.run_rung(layouts[1:], distiller, **options)
+            return distiller(mine, tokens)
+
+        one.run_rung(layouts[:2], meanwhile, **options)
+        assert distiller.done == [(layouts[i], 100) for i in (2, 0, 1)]
+        one.run_rung(layouts, distiller, **options)
+        assert len(distiller.done) == 3 == len(other.rung_scores(recipe))
+        # Another recipe is another distillation.
+        other.run_rung(layouts[:1], distiller, **{**options, "recipe": {"lr": 2.0}})
+        assert len(distiller.done) == 4 and len(one.rung_scores(recipe)) == 3
+
+
+def worker_to_be_killed(storage):
+    class Killed(MadeUpDistiller):
+        def __call__(self, layouts, tokens):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    study(Killed(), None, storage=storage)
+
+
+def test_what_a_killed_worker_was_at_is_taken_over(tmp_path):
+    storage = f"journal:{tmp_path / 'study.journal'}"
+    fork = multiprocessing.get_context("fork")
+    child = fork.Process(target=worker_to_be_killed, args=(storage,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    result = study(MadeUpDistiller(), None, storage=storage)
+    assert essence(result) == essence(study(MadeUpDistiller(), None))
+
+
+def test_the_plan_counts_distillations():
+    config, space, budget = make(8, 2, trials=20, rungs=RungsConfig(tokens=[100, 400]))
+    assert plan_search(config.search, space, budget).rungs == {100: 5, 400: 2}
+    rungs = RungsConfig(tokens=[100, 400], pruner={"name": "wilcoxon", "most": 4})
+    config, space, budget = make(8, 2, trials=20, rungs=rungs)
+    assert plan_search(config.search, space, budget).rungs == {100: 4, 400: 4}
+
+
+# A tiny teacher
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rungs")
+    make_teacher(folder / "teacher", num_layers=4)
+    make_text(folder / "text.jsonl")
+    return folder
+
+
+RUNGS = ("search.rungs.tokens=[256,1280]", "search.rungs.pruner.factor=2", "distill.logits.lr=1e-3")
+
+
+@pytest.fixture(scope="module")
+def searched(folder):
+    return pipeline.search(make_study(folder, *RUNGS))
+
+
+def distilled(config, layout, tokens):
+    """The layout's KL on the validation split, by the pieces that a rung is made of."""
+    bench = pipeline.Workbench(config)
+    needed = {"bank": max(tokens, 64), "validation": config.data.validation_tokens}
+    blocks = pipeline.load_blocks(config.data, bench.teacher.tokenizer, needed=needed)
+    recipe = pipeline.dataclasses.replace(config.distill.logits, tokens=tokens)
+    (kl,) = distil_layouts(
+        bench.teacher,
+        [layout],
+        bench.bank,
+        train=blocks["bank"],
+        config=recipe,
+        seed=config.seed,
+        measure=lambda student: (
+            evaluate_blocks(bench.teacher, student, bench.blocks["validation"]).kl
+        ),
+    )
+    return kl
+
+
+def test_a_rung_is_what_distillation_gives(folder, searched):
+    config, (result, _) = make_study(folder, *RUNGS), searched
+    assert [len(rung.climbers) for rung in result.rungs] == [3, 2]
+    for rung in result.rungs:
+        for layout in rung.climbers[:2]:
+            # Alone or in company, it is the same number.
+            assert rung.scores[layout].per_block["kl"] == distilled(config, layout, rung.tokens)
+            assert rung.scores[layout].tokens == rung.tokens
+    top = result.rungs[-1]
+    for layout in top.climbers:
+        before = np.mean(distilled(config, layout, 0))
+        assert top.scores[layout].mean("kl") < before, "distillation helps"
+
+
+def test_a_search_stopped_between_two_rungs_goes_on(folder, searched):
+    class Stopped(Silent):
+        def say(self, text):
+            if text == "2 layouts are distilled on 1,280 tokens; 0 done":
+                raise KeyboardInterrupt
+
+    config = make_study(folder, *RUNGS, f"output={folder / 'stopped'}")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.search(config, reporter=Stopped())
+    result, _ = pipeline.search(config)
+    assert result.best.layout == searched[0].best.layout
+    for one, other in zip(result.rungs, searched[0].rungs, strict=True):
+        assert one.ranking == other.ranking
+        assert all(one.scores[x].per_block == other.scores[x].per_block for x in one.climbers)
+
+
+def test_best_yaml_and_the_reports_name_the_rungs(folder, searched):
+    result, path = searched
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))["scores"]["rungs"]
+    best, top = result.best.layout, result.rungs[-1]
+    assert [entry["tokens"] for entry in written] == [256, 1280]
+    assert written[-1]["objectives"] == {"kl": top.scores[best].mean("kl")}
+    assert written[-1]["value"] == top.value(best) and written[0]["layouts_distilled"] == 3
+    console = Console(file=io.StringIO(), width=110)
+    print_result(result, console=console)
+    printed = " ".join(console.file.getvalue().split())
+    page = render_report(result, make_study(folder, *RUNGS))
+    for text in (printed, re.sub(r"<[^>]*>", " ", page)):
+        assert "KL at 256" in text and "KL at 1,280" in text and f"{top.value(best):.4f}" in text
+        assert "3 to 256 tokens of stage 3, then 2 to 1,280" in text
+        assert "; 3,328 tokens and " in text, "3 x 256 + 2 x 1,280"
+        assert "after 1,280 tokens of stage 3" in text
+
+
+def test_another_recipe_is_distilled_anew_and_never_mixed(folder, searched, tmp_path):
+    config = make_study(folder, *RUNGS)
+    other = make_study(folder, *RUNGS, "distill.logits.lr=1e-4")
+    result, _ = pipeline.search(other)
+    first = searched[0].rungs[0]
+    assert [set(r.scores) for r in result.rungs[:1]] == [set(first.scores)]
+    assert all(result.rungs[0].scores[x] != first.scores[x] for x in first.scores)
+    # Going back costs nothing.
+    again, _ = pipeline.search(config)
+    assert essence(again) == essence(searched[0])
+    assert rung_recipe(config.distill.logits) != rung_recipe(other.distill.logits)
+
+
+def test_score_and_audit_take_the_best_of_the_highest_rung(folder, searched, monkeypatch):
+    result, _ = searched
+    config = make_study(folder, *RUNGS)
+    best = ",".join(map(str, result.best.layout.attention_layers))
+    layout, _, placement, found = pipeline.score(config, best)
+    assert found.best.layout == layout == result.best.layout
+    assert placement.versus_best.difference == 0
+    monkeypatch.setattr("mohawk_nas.audit.FEWEST", 6)
+    report, _ = audit(config, hours=1, tokens=128, seeds=1)
+    assert report.searched == result.best.layout and report.layouts == 6
+
+
+def test_the_plan_says_what_rungs_take(folder):
+    plan = make_plan(make_study(folder, *RUNGS))
+    assert plan.search.rungs == {256: 3, 1280: 2}
+    less = make_plan(make_study(folder, *RUNGS, "search.rungs.tokens=[256]"))
+    assert plan.flops["rungs"] / less.flops["rungs"] == (3 * 256 + 2 * 1280) / (3 * 256)
+    assert "rungs" not in make_plan(make_study(folder)).flops
