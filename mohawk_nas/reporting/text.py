@@ -39,6 +39,8 @@ def counts(result: StudyResult) -> list[str]:
         each = ", ".join(f"{name} {cost.asked}" for name, cost in result.probe_costs.items())
         fresh = sum(cost.scored for cost in result.probe_costs.values())
         lines.append(f"Probes of other layouts: {each}; {fresh} of these were not yet known.")
+    for name, learning in result.learnt.items():
+        lines.append(f"Learning: {name} {learning.tokens:,} tokens in {learning.seconds:,.0f} s.")
     return lines
 
 

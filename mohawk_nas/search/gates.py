@@ -26,6 +26,7 @@ from mohawk_nas.errors import TrainingError
 from mohawk_nas.fusion import fused_activations
 from mohawk_nas.metrics import body
 from mohawk_nas.recall import RecallProbe
+from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.student import MixerSlot, MixerSource, Padding
 from mohawk_nas.teacher import Teacher, logits_from_hidden
 
@@ -96,6 +97,7 @@ def learn_gates(
     recall_weight: float = 1.0,
     lr: float = 0.1,
     seed: int = 0,
+    reporter: Reporter = SILENT,
 ) -> dict[int, float]:
     """What each free layer's attention is worth, learnt on some text.
 
@@ -113,6 +115,7 @@ def learn_gates(
         recall_weight: Of the probe's cross-entropy.
         lr: Of Adam.
         seed: Of the worths at the start and of the probe's order.
+        reporter: Shown the progress.
 
     Returns:
         Free layer -> worth; the ``kept`` highest are the choice.
@@ -149,14 +152,16 @@ def learn_gates(
 
     recorded = RecordedStep(step, teacher.device)
     try:
-        for number, tokens in enumerate(batches):
-            done = number / max(1, len(batches) - 1)
-            temperature.fill_(HOTTEST * (COLDEST / HOTTEST) ** done)
-            asked: tuple[Tensor, ...] = ()
-            if probe is not None:
-                some = torch.randint(len(probe.tokens), (len(tokens),), generator=generator)
-                asked = (probe.tokens[some],)
-            recorded(tokens, *asked)
+        with reporter.stage("gates", total=len(batches), unit="step") as task:
+            for number, tokens in enumerate(batches):
+                done = number / max(1, len(batches) - 1)
+                temperature.fill_(HOTTEST * (COLDEST / HOTTEST) ** done)
+                asked: tuple[Tensor, ...] = ()
+                if probe is not None:
+                    some = torch.randint(len(probe.tokens), (len(tokens),), generator=generator)
+                    asked = (probe.tokens[some],)
+                recorded(tokens, *asked)
+                task.advance(1, tokens=tokens.numel())
         if not math.isfinite(last.item()):
             raise TrainingError("gates: the loss is not finite; use a lower lr")
     finally:
