@@ -193,9 +193,11 @@ SHORT_NAMES: Mapping[str, Mapping[str, Any]] = {
     "first": {"name": "block", "at": "first"},
     "middle": {"name": "block", "at": "middle"},
     "last": {"name": "block", "at": "last"},
+    "stage1_rank": {"name": "ranking", "score": "stage1"},
     "stage2_rank": {"name": "ranking", "score": "stage2"},
     "swap_one": {"name": "ranking", "score": "swap_one"},
     "add_one_in": {"name": "ranking", "score": "add_one_in"},
+    "recall_drop": {"name": "ranking", "score": "recall_drop"},
     "greedy": {"name": "beam", "width": 1},
 }
 """Short name -> the strategy and the options it stands for; further options may be given to it."""
