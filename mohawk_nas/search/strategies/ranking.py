@@ -58,12 +58,11 @@ class Ranking(Selector):
         elif self.score in ("swap_one", "recall_drop"):
             others = {layer: [other for other in free if other != layer] for layer in free}
             swapped = {layer: context.keeping(others[layer]) for layer in free}
-            context.prepare(list(swapped.values()))
-            scores = {layer: context.probe(swapped[layer]) for layer in free}
             if self.score == "swap_one":
-                harm = {layer: score.value(context.weights) for layer, score in scores.items()}
+                harm = context.values(swapped)
             else:
-                harm = {layer: score.mean("recall") for layer, score in scores.items()}
+                context.prepare(list(swapped.values()))
+                harm = {layer: context.probe(swapped[layer]).mean("recall") for layer in free}
             layout = context.keep_top(harm)
         else:
             value = context.values({layer: context.keeping([layer]) for layer in free})
