@@ -2,6 +2,9 @@
 
 import copy
 import functools
+import multiprocessing
+import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -264,6 +267,33 @@ def test_what_a_worker_fails_to_learn_another_learns(tmp_path):
     result = made_up(learning, storage=storage)
     first, second, third = (trial_seed(0, n, "gates") for n in (1, 2, 3))
     assert learning.asked == [first, first, second, third]
+    assert result.baselines == made_up(Learning()).baselines
+
+
+def killed_while_learning(storage):
+    learning, learn = Learning(), Learning.__call__
+
+    def call(**choices):
+        if learning.asked:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return learn(learning, **choices)
+
+    made_up(call, storage=storage)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot use CUDA")
+def test_what_a_killed_worker_was_learning_another_learns(tmp_path):
+    storage, learning = f"journal:{tmp_path / 'study.journal'}", Learning()
+    process = multiprocessing.get_context("fork").Process(
+        target=killed_while_learning, args=(storage,)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    result = made_up(learning, storage=storage)
+    # What it had learnt before is kept.
+    assert learning.asked == [trial_seed(0, number, "gates") for number in (2, 3)]
     assert result.baselines == made_up(Learning()).baselines
 
 
