@@ -190,6 +190,9 @@ def make_plan(config: StudyConfig) -> Plan:
         "search": (plan.trials + sum(plan.probes.values()))
         * config.search.tokens
         * (forward + head),
+        # The teacher, the student with both branches, and its backward pass without weights.
+        "search, learning": sum(plan.learning.values())
+        * (3 * (forward + head) + 2 * mixers / len(space.replacements)),
     }
     logits = config.distill.logits
     entry_params = sum(params[name] for name in entries)

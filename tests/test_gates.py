@@ -18,13 +18,13 @@ from mohawk_nas.data import BlockOrder
 from mohawk_nas.errors import ConfigError, RunError, TrainingError
 from mohawk_nas.layout import ATTENTION
 from mohawk_nas.pipeline import Workbench, search
-from mohawk_nas.plan import find_problems
+from mohawk_nas.plan import find_problems, make_plan
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.reporting.text import counts
 from mohawk_nas.search.gates import learn_gates, soft_top_k
 from mohawk_nas.search.leases import Pace, Worker
 from mohawk_nas.search.scoring import Learnt
-from mohawk_nas.search.study import run_study, trial_seed
+from mohawk_nas.search.study import plan_search, run_study, trial_seed
 
 
 @pytest.mark.parametrize("temperature", [5.0, 1.0, 0.1, 0.01])
@@ -334,3 +334,25 @@ def test_what_gates_need_is_told(tmp_path):
         search(study)
     low = make_study(tmp_path, "search.strategy={name: gates, restarts: 0}")
     assert find_problems(low) == ["search.strategy: `restarts >= 1` must hold, but got 0"]
+
+
+def test_what_gates_will_learn_from_is_planned():
+    quick = {"name": "gates", "tokens": 1000, "restarts": 4}
+    config, space, budget = make(6, 2, trials=3, strategy="gates", baselines=[quick, "last"])
+    plan = plan_search(config.search, space, budget)
+    assert plan.learning == {"gates(tokens=1000, restarts=4)": 4000, "gates": 3 * 1_048_576}
+    # Where all layouts are scored the strategy is not asked.
+    config, space, budget = make(6, 2, trials=15, strategy="gates", baselines=[])
+    assert plan_search(config.search, space, budget).learning == {}
+    config, space, budget = make(6, 6, trials=1, strategy="random", baselines=["gates"])
+    assert plan_search(config.search, space, budget).learning == {}
+
+
+def test_the_plan_counts_what_learning_costs(tmp_path):
+    without = make_plan(make_study(tmp_path))
+    with_gates = make_plan(make_study(tmp_path, "search.baselines=[gates]"))
+    assert with_gates.search.learning == {"gates": 3 * 1_048_576}
+    assert "search, learning" not in without.flops
+    # More than three passes of scoring over as many tokens.
+    scored = with_gates.flops["search"] / with_gates.search.trials / with_gates.score_tokens
+    assert with_gates.flops["search, learning"] > 3 * 1_048_576 * 3 * scored

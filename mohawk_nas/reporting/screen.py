@@ -87,6 +87,8 @@ def show_plan(config: StudyConfig, plan: Plan) -> None:
     if search.probes:
         probes = ", ".join(f"{name} {count:,}" for name, count in search.probes.items())
         table.add_row("  looked at besides", f"at most {sum(search.probes.values()):,} ({probes})")
+    for name, tokens in search.learning.items():
+        table.add_row("  learnt from", f"{tokens:,} tokens ({name})")
     table.add_row("  tokens a layout", f"{plan.score_tokens:,}")
     for stage, tokens in plan.distill_tokens.items():
         if tokens:

@@ -182,6 +182,10 @@ class Selector(Strategy):
         """Layouts that :meth:`layouts` will look at by probes, at most; for planning."""
         return 0
 
+    def num_tokens(self, space: SearchSpace, budget: Budget) -> int:
+        """Tokens that :meth:`layouts` will learn from; for planning."""
+        return 0
+
     def propose(self, context: SearchContext) -> Proposal | None:
         for label, layout in self.layouts(context):
             if layout not in context.seen:

@@ -70,6 +70,8 @@ class SearchPlan:
     """Whether every possible layout will be scored."""
     solved: bool
     """Whether the optimum is computed, so that only it and the baselines are scored."""
+    learning: Mapping[str, int]
+    """Selector -> tokens it learns from, for those that learn."""
 
 
 def check_search(
@@ -139,15 +141,21 @@ def plan_search(config: SearchConfig, space: SearchSpace, budget: Budget) -> Sea
     possible = budget.count(space)
     solved = is_solved(config)
     probes = {}
-    for label, selector in named_baselines(config.baselines).items():
-        if selector and (count := selector.num_probes(space, budget)):
+    selectors = {k: one for k, one in named_baselines(config.baselines).items() if one}
+    for label, selector in selectors.items():
+        if count := selector.num_probes(space, budget):
             probes[label] = count
+    strategy = build_strategy(config.strategy)
+    if isinstance(strategy, Selector) and possible > config.trials and not solved:
+        selectors[strategy.label] = strategy
+    learning = {label: one.num_tokens(space, budget) for label, one in selectors.items()}
     return SearchPlan(
         possible=possible,
         trials=min(possible, config.trials),
         probes=probes,
         exhaustive=possible <= config.trials and not solved,
         solved=solved,
+        learning={label: tokens for label, tokens in learning.items() if tokens},
     )
 
 

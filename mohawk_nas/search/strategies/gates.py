@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from mohawk_nas.config import StudyConfig
 from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.space import SearchSpace
 from mohawk_nas.search.strategy import STRATEGIES, SearchContext, Selector, at_least
 
 
@@ -44,6 +46,10 @@ class Gates(Selector):
             "search.evaluation: must be bank, whose mixers stand behind the gates, but is "
             f"{config.search.evaluation}"
         ]
+
+    def num_tokens(self, space: SearchSpace, budget: Budget) -> int:
+        learns = 0 < budget.num_free(space) < len(space.free_layers)
+        return self.tokens * self.restarts if learns else 0
 
     def layouts(self, context: SearchContext) -> list[tuple[str, Layout]]:
         space, kept = context.space, context.num_kept
