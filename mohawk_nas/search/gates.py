@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -135,6 +136,9 @@ def learn_gates(
     worth.grad = torch.zeros_like(worth)
     last = torch.zeros((), device=teacher.device)
     config = LogitsConfig()
+    if probe is not None:
+        # A recorded step must not copy from the CPU.
+        probe = replace(probe, positions=probe.positions.to(teacher.device))
 
     def step(tokens: Tensor, *asked: Tensor) -> None:
         gates[:] = soft_top_k(worth, kept, temperature).unbind()
