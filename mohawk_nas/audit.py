@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from mohawk_nas.search.statistics import Fit, Interval, Regret
 
 __all__ = [
     "AuditReport",
+    "Distilled",
     "Trust",
     "audit",
     "choose_layouts",
@@ -73,6 +74,17 @@ class Trust:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Distilled:
+    """A layout's score in the study, and what it came to when distilled."""
+
+    layout: Layout
+    score: float
+    """Value of the study's objective; lower is better."""
+    figures: Mapping[str, tuple[float, ...]]
+    """``kl`` and, if the teacher solves a probe, ``recall`` -> one value a seed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AuditReport:
     """What an audit found."""
 
@@ -86,6 +98,10 @@ class AuditReport:
     """Those that cannot be told from it over the same text and seeds, itself left out."""
     searched: Layout
     """The study's best."""
+    objective: str = "value"
+    """What the score is, such as ``kl + 0.5 recall``."""
+    distilled: tuple[Distilled, ...] = field(default=(), repr=False)
+    """What all this rests on."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -258,33 +274,44 @@ def _distil(
     bench.bank.train(bench.space.replaceable, reporter=reporter)
     measure, at_once = measure_on(bench, "validation"), students_at_once(bench.teacher)
 
-    told = False
-    for start in range(0, len(chosen), at_once):
-        for seed in range(seeds):
-            done = {tuple(row["layout"]) for row in rows.find(seed=seed)}
-            group = [x for x in chosen[start : start + at_once] if x.candidates not in done]
-            if not group:
-                continue
-            began = time.perf_counter()
-            if began > until:
-                return
-            figures = distil_layouts(
-                bench.teacher,
-                group,
-                bench.bank,
-                train=train,
-                config=recipe,
-                seed=seed,
-                measure=measure,
-                reporter=reporter,
-            )
-            for layout, found in zip(group, figures, strict=True):
-                rows.add({"layout": list(layout.candidates), "seed": seed, **found})
-            if not told:
-                each = (time.perf_counter() - began) / len(group)
-                affordable = int(3600 * hours / each / seeds)
-                reporter.say(_outlook(each, min(affordable, len(chosen)), seeds))
-                told = True
+    def left(layouts: Sequence[Layout], seed: int) -> list[Layout]:
+        done = {tuple(row["layout"]) for row in rows.find(seed=seed)}
+        return [layout for layout in layouts if layout.candidates not in done]
+
+    told, total = False, len(chosen) * seeds
+    done = total - sum(len(left(chosen, seed)) for seed in range(seeds))
+    with reporter.stage("audit", total=total, unit="distillation", done=done) as task:
+        for start in range(0, len(chosen), at_once):
+            for seed in range(seeds):
+                group = left(chosen[start : start + at_once], seed)
+                if not group:
+                    continue
+                began = time.perf_counter()
+                if began > until:
+                    return
+                figures = distil_layouts(
+                    bench.teacher,
+                    group,
+                    bench.bank,
+                    train=train,
+                    config=recipe,
+                    seed=seed,
+                    measure=measure,
+                    reporter=reporter,
+                )
+                for layout, found in zip(group, figures, strict=True):
+                    rows.add({"layout": list(layout.candidates), "seed": seed, **found})
+                ended = time.perf_counter()
+                task.advance(len(group), time_up_in=_minutes(until - ended))
+                if not told:
+                    each = (ended - began) / len(group)
+                    affordable = int(3600 * hours / each / seeds)
+                    reporter.say(_outlook(each, min(affordable, len(chosen)), seeds))
+                    told = True
+
+
+def _minutes(seconds: float) -> str:
+    return f"{max(0.0, seconds) / 60:.0f} min"
 
 
 def _outlook(each: float, count: int, seeds: int) -> str:
@@ -322,6 +349,7 @@ def _report(result: StudyResult, rows: Sequence[Mapping[str, Any]], *, tokens: i
         figures["recall"] = np.array([[row["recall"] for row in whole[x]] for x in layouts])
     joined = blocks.reshape(len(layouts), -1)
     order = np.argsort(joined.mean(axis=1), kind="stable")
+    terms = [f"{x:g} {name}" if x != 1 else name for name, x in result.weights.items()]
     best = int(order[0])
     tied = set(statistics.tied_with_best(joined)) - {best}
     return AuditReport(
@@ -335,6 +363,15 @@ def _report(result: StudyResult, rows: Sequence[Mapping[str, Any]], *, tokens: i
         best=layouts[best],
         tied=tuple(layouts[int(i)] for i in order if int(i) in tied),
         searched=result.best.layout,
+        objective=" + ".join(terms),
+        distilled=tuple(
+            Distilled(
+                layout=layout,
+                score=float(scores[i]),
+                figures={name: tuple(values[i].tolist()) for name, values in figures.items()},
+            )
+            for i, layout in enumerate(layouts)
+        ),
     )
 
 

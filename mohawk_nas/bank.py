@@ -180,6 +180,25 @@ class Bank:
         record: dict[str, Any] = read_json(self._record(self.key(layer, candidate)))
         return record
 
+    def final_loss(self, layer: int, candidate: str, stage: str) -> float:
+        """Mean loss of a finished entry at the end of one of its stages.
+
+        Args:
+            layer: With ``candidate``, the entry.
+            candidate: Its name.
+            stage: ``matrix`` or ``hidden``.
+
+        Raises:
+            BankError: The entry was trained without that stage.
+        """
+        losses = [x for x in self.record(layer, candidate)["losses"] if x["stage"] == stage]
+        if not losses:
+            raise BankError(
+                f"{self.path}: the bank entry for layer {layer}, {candidate} has no stage {stage}; "
+                f"set bank.{stage}.tokens"
+            )
+        return float(losses[-1]["loss"])
+
     def _identity(self, layer: int, candidate: str) -> dict[str, Any]:
         config = self.candidates[candidate]
         return {

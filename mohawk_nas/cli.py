@@ -136,6 +136,8 @@ def audit(
     from mohawk_nas.reporting import screen
 
     _quiet()
+    from mohawk_nas.reporting.html import write_audit
+
     report, path = measure(
         config,
         hours=hours,
@@ -144,7 +146,8 @@ def audit(
         layouts=layouts,
         reporter=screen.reporter(),
     )
-    screen.show_audit(report, path)
+    page = write_audit(path.with_suffix(".html"), report, name=config.name)
+    screen.show_audit(report, files=[path, page])
 
 
 @app.command()

@@ -23,7 +23,7 @@ import yaml
 from mohawk_nas import recall
 from mohawk_nas.bank import Bank
 from mohawk_nas.config import BankConfig, StudyConfig, plain, study_from_dict
-from mohawk_nas.data import TokenBlocks, load_blocks
+from mohawk_nas.data import BlockOrder, TokenBlocks, load_blocks
 from mohawk_nas.distill.logits import LogitsResult, distill_logits
 from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.distill.trainer import num_steps
@@ -48,14 +48,15 @@ from mohawk_nas.runs import (
     set_aside,
 )
 from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.gates import learn_gates
 from mohawk_nas.search.leases import Worker
 from mohawk_nas.search.objectives import BankScorer, PerTrialScorer
 from mohawk_nas.search.result import Placement, StudyResult
 from mohawk_nas.search.rungs import Distiller
-from mohawk_nas.search.scoring import Score
+from mohawk_nas.search.scoring import Learnt, Score
 from mohawk_nas.search.space import SearchSpace, load_space
 from mohawk_nas.search.storages import locate_study
-from mohawk_nas.search.study import load_result, run_study
+from mohawk_nas.search.study import check_needs, load_result, run_study
 from mohawk_nas.search.workers import environments, run_crew
 from mohawk_nas.student import assemble
 from mohawk_nas.teacher import Teacher, load_teacher
@@ -158,6 +159,7 @@ class Workbench:
 
         Raises:
             TeacherError: Nothing would be left to score by.
+            ConfigError: A baseline or the strategy cannot do without it.
         """
         search = self.config.search
         if "recall" not in search.objective:
@@ -174,8 +176,12 @@ class Workbench:
         rest = {name: weight for name, weight in search.objective.items() if name != "recall"}
         if not rest:
             raise TeacherError(f"search.objective: {said}; score by kl instead")
+        left = dataclasses.replace(search, objective=rest)
+        study = dataclasses.replace(self.config, search=left)
+        if problems := check_needs(study):
+            raise ConfigError([f"{problem}: {said}" for problem in problems])
         self.reporter.say(f"{said}: recall is left out of the objective")
-        return dataclasses.replace(self.config, search=dataclasses.replace(search, objective=rest))
+        return study
 
     def result(self) -> StudyResult:
         """The study as far as it has run.
@@ -194,6 +200,69 @@ class Workbench:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def stage1_losses(self) -> dict[tuple[int, str], float]:
+        """(layer, candidate) -> loss with which the stage 1 of its bank entry ended.
+
+        Raises:
+            BankError: The bank has no stage 1.
+        """
+        return {pair: self.bank.final_loss(*pair, "matrix") for pair in self.space.replaceable}
+
+    def learn_gates(
+        self,
+        *,
+        replacements: Mapping[int, str],
+        pinned: Mapping[int, str],
+        kept: int,
+        tokens: int,
+        batch_size: int,
+        lr: float,
+        recall_weight: float,
+        seed: int,
+    ) -> Learnt:
+        """Learn what each free layer's attention is worth, on the text that trained the bank.
+
+        Args:
+            replacements: Free layer -> the candidate that may take its place.
+            pinned: Layer -> the candidate it is pinned to, for those that are not attention.
+            kept: Free layers that may keep attention.
+            tokens: Of text, rounded up to whole steps; the split is gone through several times if
+                it is shorter.
+            batch_size: Blocks a step.
+            lr: Of the gates.
+            recall_weight: Of the cross-entropy of the bank split's recall probe, if the teacher
+                solves it.
+            seed: Of the start and of the text's order.
+
+        Raises:
+            TrainingError: The loss was not finite.
+        """
+        began, blocks = time.perf_counter(), self.blocks["bank"]
+        order = BlockOrder(len(blocks), batch_size=batch_size, seed=seed)
+        steps = -(-tokens // (batch_size * blocks.tokens.shape[1]))
+        batches = [blocks.batch(order.indices(step)) for step in range(steps)]
+        probe = self.probe("bank") if recall_weight > 0 else None
+        worth = learn_gates(
+            self.teacher,
+            self.bank,
+            replacements,
+            batches,
+            kept=kept,
+            pinned=pinned,
+            probe=probe,
+            recall_weight=recall_weight,
+            lr=lr,
+            seed=seed,
+            reporter=self.reporter,
+        )
+        # A step asks as many of the probe's sequences as it has blocks.
+        asked = 0 if probe is None else steps * batch_size * probe.tokens.shape[1]
+        return Learnt(
+            worth=worth,
+            tokens=sum(batch.numel() for batch in batches) + asked,
+            seconds=time.perf_counter() - began,
+        )
 
     def scorer(self) -> BankScorer:
         """Scores layouts as ``search.evaluation`` says."""
@@ -312,6 +381,8 @@ def _score(bench: Workbench, *, worker: Worker | None) -> StudyResult:
         reporter=bench.reporter,
         identity=bench.identity,
         worker=worker,
+        stage1_losses=bench.stage1_losses,
+        learn_gates=bench.learn_gates,
     )
 
 

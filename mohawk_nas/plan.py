@@ -17,7 +17,7 @@ from mohawk_nas.mixer import Mixer
 from mohawk_nas.registry import load_plugin
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.space import SearchSpace, check_pins, load_candidates, load_space
-from mohawk_nas.search.study import SearchPlan, check_search, plan_search
+from mohawk_nas.search.study import SearchPlan, check_needs, check_search, plan_search
 from mohawk_nas.teacher import Teacher, check_weights, load_teacher, pick_device
 
 __all__ = ["Plan", "find_problems", "make_plan"]
@@ -35,6 +35,7 @@ def find_problems(config: StudyConfig) -> list[str]:
     _collect(problems, lambda: pick_device(config.teacher.device))
     _collect(problems, lambda: Corpus.find(config.data))
     problems += _misplaced_folders(config)
+    problems += check_needs(config)
     if config.teacher.architecture is None:
         _collect(problems, lambda: check_weights(config.teacher))
     try:
@@ -189,6 +190,9 @@ def make_plan(config: StudyConfig) -> Plan:
         "search": (plan.trials + sum(plan.probes.values()))
         * config.search.tokens
         * (forward + head),
+        # The teacher, the student with both branches, and its backward pass without weights.
+        "search, learning": sum(plan.learning.values())
+        * (3 * (forward + head) + 2 * mixers / len(space.replacements)),
     }
     logits = config.distill.logits
     # The student's passes alone: several share the teacher's.

@@ -29,7 +29,7 @@ from mohawk_nas.teacher import Teacher, logits_from_hidden
 
 __all__ = ["RecallProbe", "Split", "Template", "answers", "make_probe", "recall"]
 
-Split = Literal["search", "validation", "test"]
+Split = Literal["bank", "search", "validation", "test"]
 
 SOLVED = 0.7
 """Share of right answers from which on a teacher counts as solving a probe; guessing gives 0."""
@@ -63,11 +63,15 @@ class Template:
 
 
 TEMPLATES: Mapping[Split, Sequence[Template]] = {
+    "bank": (Template(before="\n", between=" -"), Template(after=",")),
     "search": (Template(before="\n", between=":"), Template()),
     "validation": (Template(before=" (", between=",", after=")"), Template(after=";")),
     "test": (Template(between=" =", after=","), Template(after=".")),
 }
 """Of each split: one that reads like text, and one in which a value follows its key at once."""
+
+_SHARES: Sequence[Split] = ("search", "validation", "test")
+"""Splits that share the words in small letters; the bank's are those with a capital."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,17 +228,21 @@ def _words(teacher: Teacher, split: Split) -> list[int]:
     """Token ids of a split's words: those with a space in front of a few small letters.
 
     Where a vocabulary has few of them, or is unknown, any tokens but the first 256, which most
-    vocabularies keep for control tokens and bytes.
+    vocabularies keep for control tokens and bytes. The bank's words start with a capital, and
+    there may be none.
     """
     words: list[int] = []
     if teacher.tokenizer is not None:
         for text, token in teacher.tokenizer.get_vocab().items():
             # What byte-level and sentencepiece vocabularies write for a space.
             word = text[1:] if text[:1] in ("\u0120", "\u2581") else ""
-            if len(word) >= 3 and word.isascii() and word.isalpha() and word.islower():
+            fits = word.istitle() if split == "bank" else word.islower()
+            if len(word) >= 3 and word.isascii() and word.isalpha() and fits:
                 words.append(token)
     # Most vocabularies are sorted by frequency.
     words = sorted(words)[:MAX_WORDS]
+    if split == "bank":
+        return words
     if len(words) < 6 * NUM_PAIRS[0]:
         words = list(range(min(256, teacher.vocab_size // 2), teacher.vocab_size))[:MAX_WORDS]
-    return words[list(TEMPLATES).index(split) :: len(TEMPLATES)]
+    return words[_SHARES.index(split) :: len(_SHARES)]

@@ -1,8 +1,10 @@
 """An audit of a finished search on a tiny teacher of six layers."""
 
+import contextlib
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +22,16 @@ from mohawk_nas.reporting import SILENT
 
 class Listener(type(SILENT)):
     def __init__(self):
-        self.said = []
+        self.said, self.stages = [], []
 
     def say(self, text):
         self.said.append(text)
+
+    @contextlib.contextmanager
+    def stage(self, name, total, unit, *, done=0):
+        amounts = []
+        yield SimpleNamespace(advance=lambda amount, **_: amounts.append(amount))
+        self.stages.append((name, total, done, sum(amounts)))
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +57,8 @@ def test_an_audit_goes_on_and_reports(study, tmp_path):
     report, path = audit(study, hours=1, tokens=256, reporter=listener)
     outlook = next(line for line in listener.said if line.startswith("a distillation takes"))
     assert "20 layouts x 2 seeds" in outlook and "0.8 would be known" in outlook
+    # One seed of five layouts was there.
+    assert listener.stages[-1] == ("audit", 40, 5, 35)
     rows = rows_of(study)
     assert len(rows) == 40 == len({(tuple(row["layout"]), row["seed"]) for row in rows})
     assert (report.layouts, report.seeds, report.tokens) == (20, 2, 256)
@@ -92,6 +102,10 @@ def test_the_command_prints_what_was_found(study, tmp_path):
     assert found.exit_code == 0, found.output
     for text in ("Spearman", "distilled kl", "regret", "study's own best", "audit.json"):
         assert text in found.output
+    page = study.run_dir / "audit" / "audit.html"
+    assert str(page) in found.output.replace("\n", "")
+    # A mark a layout, a ring around the best when distilled.
+    assert page.read_text(encoding="utf-8").count("<circle") == 21
 
 
 def test_time_that_is_up_begins_nothing(study, tmp_path):

@@ -18,7 +18,7 @@ from tiny_study import ASSETS, make_study, make_teacher, make_text
 
 from mohawk_nas import pipeline, runs
 from mohawk_nas.config import load_study, plain
-from mohawk_nas.errors import RunError
+from mohawk_nas.errors import BankError, RunError
 from mohawk_nas.evaluate import continue_text, evaluate, find_target
 from mohawk_nas.export.folder import export_folder
 from mohawk_nas.layout import Layout
@@ -344,6 +344,31 @@ def test_two_ranks_make_the_bank_and_the_study_of_one(tmp_path):
         refused.stderr
     )
     assert "gloo" not in refused.stderr
+
+
+def test_stage1_rank_reads_the_banks_records(tmp_path):
+    study = make_study(
+        tmp_path,
+        "bank.matrix.tokens=1024",
+        "bank.matrix.batch_size=4",
+        "search.baselines=[stage1_rank]",
+    )
+    result, _ = pipeline.search(study)
+    bench = pipeline.Workbench(study)
+    last = {}
+    for layer in range(4):
+        losses = bench.bank.record(layer, "mamba2")["losses"]
+        last[layer] = [entry["loss"] for entry in losses if entry["stage"] == "matrix"][-1]
+    assert bench.stage1_losses() == {(layer, "mamba2"): loss for layer, loss in last.items()}
+    kept = result.baselines["stage1_rank"].attention_layers
+    assert set(kept) == set(sorted(last, key=last.get)[-2:])
+    assert len(set(last.values())) == 4
+
+
+def test_a_bank_without_stage_1_tells_so(searched, folder):
+    bench = pipeline.Workbench(make_study(folder))
+    with pytest.raises(BankError, match=r"layer 0, mamba2 has no stage matrix; set bank.matrix.to"):
+        bench.stage1_losses()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

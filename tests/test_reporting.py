@@ -1,18 +1,22 @@
 """What the user sees: progress, the tables of a search, report.html."""
 
 import io
+import math
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 from synthetic_search import SyntheticScorer, make
 
+from mohawk_nas.audit import AuditReport, Distilled, Trust
 from mohawk_nas.layout import ATTENTION
 from mohawk_nas.reporting import SILENT, progress
 from mohawk_nas.reporting.console import print_placement, print_result
-from mohawk_nas.reporting.html import render_report, write_report
+from mohawk_nas.reporting.html import render_audit, render_report, write_report
 from mohawk_nas.reporting.progress import ConsoleReporter
 from mohawk_nas.reporting.screen import show_names
+from mohawk_nas.search.statistics import Fit, Interval, Regret
 from mohawk_nas.search.strategy import strategy_names
 from mohawk_nas.search.study import run_study
 
@@ -142,6 +146,72 @@ def test_a_report_of_few_layouts_is_drawn_too():
         assert "nan" not in render_report(result, config).partition("Settings")[0]
 
 
+def audited(*, several=True, broken=False):
+    """An audit of twelve layouts whose best is not the study's."""
+    _, result = study(trials=12, baselines=[])
+    layouts = [trial.layout for trial in result.ranking]
+    distilled = [
+        Distilled(
+            layout=layout,
+            score=0.1 * place,
+            figures={"kl": (0.2 + 0.01 * (place - 1) ** 2, 0.25), "recall": (0.5, 0.6)},
+        )
+        for place, layout in enumerate(layouts)
+    ]
+    if broken:
+        distilled[5] = replace(distilled[5], score=math.inf)
+    kl = Trust(
+        figure="kl",
+        spearman=Interval(value=0.7, low=0.4, high=0.9),
+        kendall=Interval(value=0.5, low=0.2, high=0.8),
+        best_quarter=None,
+        reliability=0.75 if several else None,
+        ceiling=0.87 if several else None,
+        fit=Fit(additive=0.5, pairwise=0.6),
+        regret=Regret(objective=0.25, strategy=-0.05) if several else None,
+    )
+    return AuditReport(
+        layouts=12,
+        seeds=2 if several else 1,
+        tokens=4096,
+        trusts=(kl, replace(kl, figure="recall")),
+        best=layouts[1],
+        tied=(layouts[2],),
+        searched=layouts[0],
+        objective="kl + 0.5 recall",
+        distilled=tuple(distilled),
+    )
+
+
+def test_an_audits_page_draws_each_layout_and_says_what_it_means():
+    report = audited()
+    page = render_audit(report, name="<tiny>")
+    assert not re.search(r"(https?:)?//\w", page) and "<tiny>" not in page
+    for tag in ("html", "body", "svg", "h2", "p", "circle", "text"):
+        closed = page.count(f"</{tag}>") + page.count('r="9"/>') * (tag == "circle")
+        assert page.count(f"<{tag}>") + page.count(f"<{tag} ") == closed, tag
+    plots = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(plots) == 2
+    for plot in plots:
+        assert plot.count('class="dot"') == 11 and plot.count('class="seeds"') == 12
+        # The study's best stands leftmost, the ring around the second.
+        (mine,) = re.findall(r'class="keep" cx="([\d.]+)"', plot)
+        places = sorted(float(x) for x in re.findall(r'class="dot" cx="([\d.]+)"', plot))
+        (ring,) = re.findall(r'class="best" cx="([\d.]+)"', plot)
+        assert float(mine) < places[0] == float(ring)
+    assert "score: kl + 0.5 recall" in page and "is not among them" in page
+    # Kendall's 0.5: three pairs in four.
+    assert "in 75% of all pairs (60% to 90%)" in page
+    assert "Regret 20.0% of" in page and "Reliability 0.75" in page
+
+
+def test_an_audits_page_says_what_cannot_be_told():
+    page = render_audit(audited(several=False), name="tiny")
+    assert "give more --seeds" in page and "Regret cannot be told" in page
+    page = render_audit(audited(broken=True), name="tiny")
+    assert page.count('class="dot"') == 20 and not re.search(r"\b(nan|inf)\b", page)
+
+
 def reporter(*, terminal):
     console = Console(
         file=io.StringIO(), width=100, force_terminal=terminal, legacy_windows=False, _environ={}
@@ -183,6 +253,17 @@ def test_progress_on_a_terminal_shows_bars_also_within_each_other():
     assert "1/1 step" in text and "loss 1.5" in text
     assert "1 layout" in text and "value 0.1235 · best M A M" in text
     assert "a line above" in text
+
+
+def test_inner_stages_of_one_name_share_a_line():
+    show, out = reporter(terminal=True)
+    with show.stage("audit", 3, "distillation") as outer:
+        for loss in (0.5, 0.25, 0.125):
+            with show.stage("stage 3", 2, "step") as inner:
+                inner.advance(2, loss=loss)
+            outer.advance(1)
+    last = out.getvalue().rpartition("3/3 distillations")[2]
+    assert last.count("stage 3") == 1 and "loss 0.125" in last
 
 
 def test_an_error_ends_the_bars():

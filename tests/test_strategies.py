@@ -5,11 +5,14 @@ import itertools
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from synthetic_search import SyntheticScorer, make, make_space
 
+from mohawk_nas.config import MatrixConfig
+from mohawk_nas.errors import ConfigError, RunError
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.search.strategies._sampling import _ENCODINGS, _decode, _nearest_unseen
 from mohawk_nas.search.strategy import (
@@ -20,7 +23,7 @@ from mohawk_nas.search.strategy import (
     solve_local,
     strategy_names,
 )
-from mohawk_nas.search.study import trial_seed
+from mohawk_nas.search.study import check_needs, plan_search, run_study, trial_seed
 
 SAMPLERS = (
     "tpe",
@@ -268,8 +271,13 @@ def test_planned_probes_are_those_made(name):
     if not isinstance(strategy, Selector):
         pytest.skip("makes no probes")
     _, space, budget = make(6, 3, pinned={2: ATTENTION})
-    scorer = SyntheticScorer(6)
-    strategy.layouts(context(space, budget, scorer))
+    scorer = WithRecall(6)
+    asked = replace(
+        context(space, budget, scorer),
+        stage1_losses=scorer.stage2_losses,
+        learn_gates=lambda restarts, **_: [dict.fromkeys(space.free_layers, 0.0)] * restarts,
+    )
+    strategy.layouts(asked)
     assert len(scorer.scored) == strategy.num_probes(space, budget)
 
 
@@ -506,3 +514,63 @@ def test_a_known_layout_gives_way_to_the_cheapest_unseen_swap():
     seen |= {keeping(*pair) for pair in itertools.combinations(range(5), 2)}
     flipped = _nearest_unseen(layout, worth, params, space=space, seen=seen)
     assert flipped.attention_layers == (0, 4) and flipped.candidates.count("a") == 1
+
+
+# Rankings by what else is known of a layer
+
+
+class WithRecall(SyntheticScorer):
+    """Recall is lost in other layers than the rest."""
+
+    def score(self, layout):
+        score = super().score(layout)
+        lost = sum(1.0 for layer in layout.replaced_layers if layer in (2, 5))
+        lost += 0.01 * len(layout.replaced_layers)
+        return replace(score, per_block=score.per_block | {"recall": (lost,) * 16})
+
+
+def test_recall_drop_keeps_what_recall_needs_whatever_the_objective_says_of_the_rest():
+    baselines = ["swap_one", "recall_drop"]
+    objective = {"kl": 1.0, "recall": 1e-6}
+    config, space, budget = make(7, 2, trials=2, baselines=baselines, objective=objective)
+    scorer = WithRecall(7)
+    result = run_study(config, space, budget, scorer, run_dir=None)
+    kept = {label: layout.attention_layers for label, layout in result.baselines.items()}
+    assert kept["recall_drop"] == (2, 5) != kept["swap_one"]
+    # Both look at the same layouts, which are scored once.
+    assert result.asked == {"swap_one": 7, "recall_drop": 7}
+    assert result.probe_costs["recall_drop"].scored == 0
+    assert plan_search(config.search, space, budget).probes == result.asked
+
+
+def test_stage1_rank_keeps_what_stage_1_imitates_worst():
+    options = {"replacements": ("a", "b"), "pinned": {5: "b"}, "baselines": ["stage1_rank"]}
+    config, space, budget = make(6, 2, trials=1, **options)
+    scorer = SyntheticScorer(6, replacements=("a", "b"))
+    # The candidate with the lower stage-2 loss counts, "b" in odd layers.
+    losses = {(layer, "a"): [0.1, 9.0, 0.8, 0.2, 0.3, 9.0][layer] for layer in range(6)}
+    losses |= {(layer, "b"): [9.0, 0.4, 9.0, 0.7, 9.0, 9.0][layer] for layer in range(6)}
+    with pytest.raises(ConfigError, match=r"bank.matrix.tokens: must be above 0.*stage1_rank"):
+        run_study(config, space, budget, scorer, run_dir=None, stage1_losses=lambda: losses)
+    config = replace(config, bank=replace(config.bank, matrix=MatrixConfig(tokens=4096)))
+    with pytest.raises(RunError, match="here are scores alone"):
+        run_study(config, space, budget, scorer, run_dir=None)
+    result = run_study(config, space, budget, scorer, run_dir=None, stage1_losses=lambda: losses)
+    assert result.baselines["stage1_rank"].attention_layers == (2, 3)
+    assert not result.probes
+
+
+def test_what_a_ranking_needs_is_told_at_once():
+    baselines = ["recall_drop", {"name": "ranking", "score": "stage1"}, "nonsense"]
+    config, _, _ = make(6, 2, strategy="stage1_rank", baselines=baselines, evaluation="per_trial")
+    lacks = "bank.matrix.tokens: must be above 0, so that the bank has a stage 1, but is 0; "
+    assert [problem for problem in check_needs(config) if problem.startswith(lacks)] == [
+        f"{lacks}give it tokens or leave this out ({where}: stage1_rank)"
+        for where in ("search.strategy", "search.baselines[1]")
+    ]
+    others = [problem for problem in check_needs(config) if not problem.startswith(lacks)]
+    assert [problem.partition(":")[0] for problem in others] == [
+        "search.evaluation",
+        "search.objective",
+        "search.evaluation",
+    ]

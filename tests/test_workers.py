@@ -277,6 +277,37 @@ def test_a_probe_is_not_scored_by_two(storage, stack):
     assert len(scorer.scored) == 1
 
 
+def test_a_note_is_made_by_one(storage, stack):
+    ledgers, _, kept_in = two_ledgers(stack, storage, name="one note")
+    barrier, made = threading.Barrier(2), []
+    for ledger in ledgers:
+        looks = []
+
+        def look(*args, makers=ledger._makers, looks=looks):
+            looks.append(1)
+            if len(looks) == 2:
+                # Both have written down what they are about to make.
+                barrier.wait(20)
+            return makers(*args)
+
+        ledger._makers = look
+
+    def make(number):
+        made.append(number)
+        time.sleep(0.2)
+        return {"by": number}
+
+    calls = (partial(x.note_once, "key", partial(make, i)) for i, x in enumerate(ledgers))
+    assert sorted(at_once(*calls)) == [False, True] and len(made) == 1
+    for ledger in ledgers:
+        assert ledger.note_once("key", partial(make, 9))
+        assert ledger.notes()["key"] == {"by": made[0]}
+    study = kept_in.get_study_id_from_name("one note.notes")
+    first, second = kept_in.get_all_trials(study)
+    assert (first.state, second.state) == (TrialState.COMPLETE, TrialState.FAIL)
+    assert second.user_attrs["reason"] == "others are at it"
+
+
 # Leases
 
 

@@ -44,6 +44,10 @@ class ConsoleReporter:
         if outermost:
             progress.start()
         try:
+            # Inner stages of a long one may be many and alike: each takes its forerunner's place.
+            for earlier in progress.tasks:
+                if earlier.finished and earlier.description == name:
+                    progress.remove_task(earlier.id)
             bar = progress.add_task(name, total=total, figures=figures.text())
             progress.update(bar, completed=done)
             yield _Bar(progress, bar, figures)

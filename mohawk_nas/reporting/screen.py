@@ -22,7 +22,7 @@ from mohawk_nas.plan import Plan
 from mohawk_nas.recall import RecallProbe
 from mohawk_nas.reporting.console import print_placement, print_result
 from mohawk_nas.reporting.progress import ConsoleReporter
-from mohawk_nas.reporting.text import MOST_TIES, OBJECTIVE_NOTES, layers
+from mohawk_nas.reporting.text import OBJECTIVE_NOTES, audit_verdict
 from mohawk_nas.search.result import Placement, StudyResult, compare_blocks
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import space_names
@@ -87,6 +87,8 @@ def show_plan(config: StudyConfig, plan: Plan) -> None:
     if search.probes:
         probes = ", ".join(f"{name} {count:,}" for name, count in search.probes.items())
         table.add_row("  looked at besides", f"at most {sum(search.probes.values()):,} ({probes})")
+    for name, tokens in search.learning.items():
+        table.add_row("  learnt from", f"{tokens:,} tokens ({name})")
     table.add_row("  tokens a layout", f"{plan.score_tokens:,}")
     for tokens, count in search.rungs.items():
         table.add_row(
@@ -120,7 +122,7 @@ def show_plan(config: StudyConfig, plan: Plan) -> None:
     _say("A real run takes a few times as long: no phase is a matrix product alone.")
 
 
-def show_audit(report: AuditReport, path: Path) -> None:
+def show_audit(report: AuditReport, *, files: Sequence[Path]) -> None:
     """How far a study's score can be trusted."""
     table = _table(
         f"{report.layouts} layouts distilled on {report.tokens:,} tokens, seeds: {report.seeds}"
@@ -148,19 +150,14 @@ def show_audit(report: AuditReport, path: Path) -> None:
     row("  of the objective", (r and f"{r.objective:.1%}" for r in regrets))
     row("  of the strategy", (r and f"{r.strategy:.1%}" for r in regrets))
     _OUT.print(table)
-    _say(f"Best when distilled: attention in layers {layers(report.best)}.")
-    if report.tied:
-        named = " | ".join(layers(layout) for layout in report.tied[:MOST_TIES])
-        more = len(report.tied) - MOST_TIES
-        _say(f"Tied with it within noise: {named}{f' and {more} more' if more > 0 else ''}.")
-    among = report.searched == report.best or report.searched in report.tied
-    where = "among them" if among else "not among them"
-    _say(f"The study's own best, {layers(report.searched)}, is {where}.")
+    for line in audit_verdict(report)[1:]:
+        _say(line)
     _say(
         "Regret is what the study's best costs beyond the best distilled one, as a share of "
         "(mean of the distilled - best)."
     )
-    _say(f"Wrote  {path}")
+    for path in files:
+        _say(f"Wrote  {path}")
 
 
 def show_distillation(result: LogitsResult, *, next_command: str) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from mohawk_nas.layout import Layout
 from mohawk_nas.search.result import Comparison, StudyResult
+
+if TYPE_CHECKING:
+    from mohawk_nas.audit import AuditReport, Trust
 
 OBJECTIVE_NOTES: Mapping[str, str] = {
     "kl": "KL divergence from the teacher, nats a token",
@@ -39,6 +43,8 @@ def counts(result: StudyResult) -> list[str]:
         each = ", ".join(f"{name} {cost.asked}" for name, cost in result.probe_costs.items())
         fresh = sum(cost.scored for cost in result.probe_costs.values())
         lines.append(f"Probes of other layouts: {each}; {fresh} of these were not yet known.")
+    for name, learning in result.learnt.items():
+        lines.append(f"Learning: {name} {learning.tokens:,} tokens in {learning.seconds:,.0f} s.")
     return lines
 
 
@@ -121,6 +127,56 @@ def fit_reading(r_squared: float) -> str:
         f"to all scored layouts: adjusted R² {r_squared:.2f}, where 1 would mean that layers do "
         "not interact."
     )
+
+
+def audit_verdict(report: AuditReport) -> list[str]:
+    """What an audit rests on, and where the study's best stands among the distilled."""
+    lines = [
+        f"{report.layouts} layouts were distilled on {report.tokens:,} tokens each, with "
+        f"{report.seeds} seed{'' if report.seeds == 1 else 's'}.",
+        f"Best when distilled: attention in layers {layers(report.best)}.",
+    ]
+    if report.tied:
+        named = " | ".join(layers(layout) for layout in report.tied[:MOST_TIES])
+        more = len(report.tied) - MOST_TIES
+        rest = f" and {more} more" if more > 0 else ""
+        lines.append(f"Tied with it within noise: {named}{rest}.")
+    among = report.searched == report.best or report.searched in report.tied
+    where = "among them" if among else "not among them"
+    return [*lines, f"The study's own best, {layers(report.searched)}, is {where}."]
+
+
+def trust_lines(trust: Trust) -> list[str]:
+    """How well the score foretells a distilled figure, in words."""
+    tau = trust.kendall
+    pairs = " to ".join(f"{(1 + end) / 2:.0%}" for end in (tau.low, tau.high))
+    lines = [
+        f"Spearman's correlation {trust.spearman}: of two layouts, the one with the better score "
+        f"distils better in {(1 + tau.value) / 2:.0%} of all pairs ({pairs}), where guessing gives "
+        "50%. The ranges are intervals of 95%."
+    ]
+    if trust.best_quarter is not None:
+        lines.append(f"Within the quarter that distils best: {trust.best_quarter}.")
+    if trust.reliability is None or trust.ceiling is None:
+        lines.append("With one seed nothing says how much of this is chance; give more --seeds.")
+    else:
+        lines.append(
+            f"Reliability {trust.reliability:.2f}: so much of what single distillations differ by "
+            "is the layouts' doing, the rest is the seed's. A perfect score's correlation would be "
+            f"{trust.ceiling:.2f}."
+        )
+    if trust.regret is None:
+        lines.append(
+            "Regret cannot be told: the study's best was not distilled, or no layout is better "
+            "than the mean beyond noise."
+        )
+    else:
+        lines.append(
+            f"Regret {trust.regret.total:.1%} of (mean of the distilled - best): "
+            f"{trust.regret.objective:.1%} is the score's, by how its best layout distils, and "
+            f"{trust.regret.strategy:.1%} the search's, by how the study's best differs from that."
+        )
+    return lines
 
 
 def value_name(result: StudyResult) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from mohawk_nas.errors import TrainingError
 from mohawk_nas.fusion import fused_activations
 from mohawk_nas.metrics import body
 from mohawk_nas.recall import RecallProbe
+from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.student import MixerSlot, MixerSource, Padding
 from mohawk_nas.teacher import Teacher, logits_from_hidden
 
@@ -96,6 +98,7 @@ def learn_gates(
     recall_weight: float = 1.0,
     lr: float = 0.1,
     seed: int = 0,
+    reporter: Reporter = SILENT,
 ) -> dict[int, float]:
     """What each free layer's attention is worth, learnt on some text.
 
@@ -113,6 +116,7 @@ def learn_gates(
         recall_weight: Of the probe's cross-entropy.
         lr: Of Adam.
         seed: Of the worths at the start and of the probe's order.
+        reporter: Shown the progress.
 
     Returns:
         Free layer -> worth; the ``kept`` highest are the choice.
@@ -132,6 +136,9 @@ def learn_gates(
     worth.grad = torch.zeros_like(worth)
     last = torch.zeros((), device=teacher.device)
     config = LogitsConfig()
+    if probe is not None:
+        # A recorded step must not copy from the CPU.
+        probe = replace(probe, positions=probe.positions.to(teacher.device))
 
     def step(tokens: Tensor, *asked: Tensor) -> None:
         gates[:] = soft_top_k(worth, kept, temperature).unbind()
@@ -149,14 +156,16 @@ def learn_gates(
 
     recorded = RecordedStep(step, teacher.device)
     try:
-        for number, tokens in enumerate(batches):
-            done = number / max(1, len(batches) - 1)
-            temperature.fill_(HOTTEST * (COLDEST / HOTTEST) ** done)
-            asked: tuple[Tensor, ...] = ()
-            if probe is not None:
-                some = torch.randint(len(probe.tokens), (len(tokens),), generator=generator)
-                asked = (probe.tokens[some],)
-            recorded(tokens, *asked)
+        with reporter.stage("gates", total=len(batches), unit="step") as task:
+            for number, tokens in enumerate(batches):
+                done = number / max(1, len(batches) - 1)
+                temperature.fill_(HOTTEST * (COLDEST / HOTTEST) ** done)
+                asked: tuple[Tensor, ...] = ()
+                if probe is not None:
+                    some = torch.randint(len(probe.tokens), (len(tokens),), generator=generator)
+                    asked = (probe.tokens[some],)
+                recorded(tokens, *asked)
+                task.advance(1, tokens=tokens.numel())
         if not math.isfinite(last.item()):
             raise TrainingError("gates: the loss is not finite; use a lower lr")
     finally:

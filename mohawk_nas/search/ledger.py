@@ -81,6 +81,7 @@ class Ledger:
         self._storage = storage
         self._leases = leases
         self._begin = begin
+        self._name = name
         self._trial_study, made = _open_study(storage, name, begin=begin)
         self._probe_study, _ = _open_study(storage, f"{name}.probes", begin=begin)
         self._rung_study: int | None = None
@@ -266,6 +267,59 @@ class Ledger:
     def notes(self) -> dict[str, Any]:
         """What :meth:`note` has kept."""
         return self._storage.get_study_user_attrs(self._trial_study)
+
+    def note_once(self, key: str, make: Callable[[], Any]) -> bool:
+        """Keep what ``make`` gives as a note, unless it is there; one worker makes it.
+
+        Who is at it stands in a third study, ``NAME.notes``, which only shared storages have.
+        Whatever ``make`` raises is raised again, and another may try.
+
+        Returns:
+            Whether the note is there. It is not if others are at it.
+        """
+        if key in self.notes():
+            return True
+        if self.alone:
+            self.note(key, make())
+            return True
+        storage = self._storage
+        study, _ = _open_study(storage, f"{self._name}.notes", begin=True)
+        if self._makers(study, key):
+            return False
+        claim = create_trial(
+            state=TrialState.RUNNING, user_attrs={"note": key, **self._leases.attrs()}
+        )
+        trial_id = storage.create_new_trial(study, claim)
+        try:
+            with self._leases.beating(trial_id):
+                number = storage.get_trial_number_from_id(trial_id)
+                if any(other < number for other in self._makers(study, key)):
+                    self._fail(trial_id, "others are at it")
+                    return False
+                # Whoever was at it may have ended since the first look.
+                made = None if key in self.notes() else make()
+                if key not in self.notes():
+                    self.note(key, made)
+        except BaseException as e:
+            self._fail(trial_id, f"interrupted: {type(e).__name__}: {e}".rstrip(": "))
+            raise
+        with contextlib.suppress(UpdateFinishedTrialError):
+            storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.0])
+        return True
+
+    def _makers(self, study: int, key: str) -> list[int]:
+        """Numbers of the others that are making a note; those that have stopped are marked."""
+        found = []
+        for frozen in self._storage.get_all_trials(study, deepcopy=False):
+            if frozen.state != TrialState.RUNNING or frozen.user_attrs.get("note") != key:
+                continue
+            if self._leases.has_stopped(study, frozen):
+                number = frozen.number
+                trial_id = self._storage.get_trial_id_from_study_id_trial_number(study, number)
+                self._fail(trial_id, "its worker stopped")
+            elif not self._leases.is_mine(frozen):
+                found.append(frozen.number)
+        return found
 
     def _run(
         self,

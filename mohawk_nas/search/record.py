@@ -13,7 +13,7 @@ from mohawk_nas.layout import Layout
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.leases import DEFAULT_PACE, Leases, Pace, Worker
 from mohawk_nas.search.ledger import Ledger
-from mohawk_nas.search.result import StudyResult
+from mohawk_nas.search.result import LearningCost, StudyResult
 from mohawk_nas.search.rungs import Rung, build_pruner, climb, rung_recipe
 from mohawk_nas.search.space import SearchSpace
 from mohawk_nas.search.storages import is_shared, locate_study, opened
@@ -89,6 +89,13 @@ def study_result(
         baselines |= note["layouts"]
         if note["asked"]:
             asked[label] = note["asked"]
+    learnt: dict[str, LearningCost] = {}
+    for key, note in sorted(notes.items()):
+        if key.startswith("learnt "):
+            before = learnt.get(note["by"], LearningCost(tokens=0, seconds=0.0))
+            learnt[note["by"]] = LearningCost(
+                tokens=before.tokens + note["tokens"], seconds=before.seconds + note["seconds"]
+            )
     return StudyResult(
         name=config.name,
         space=space,
@@ -100,6 +107,7 @@ def study_result(
         asked=asked,
         solved=is_solved(config.search),
         rungs=study_rungs(config, ledger, recipe),
+        learnt=learnt,
     )
 
 

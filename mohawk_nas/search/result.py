@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from mohawk_nas.search.space import SearchSpace
 __all__ = [
     "Comparison",
     "LayerWorth",
+    "LearningCost",
     "Placement",
     "Probe",
     "ProbeCost",
@@ -70,6 +71,14 @@ class ProbeCost:
     """Distinct layouts that the selector looked at: its cost if it were alone in the study."""
     scored: int
     """Those that nobody had scored before it."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearningCost:
+    """What a selector that learns cost, over all its restarts."""
+
+    tokens: int
     seconds: float
 
 
@@ -139,6 +148,8 @@ class StudyResult:
     """Whether the best layout follows from the single layers' losses and needed no search."""
     rungs: tuple[Rung, ...] = ()
     """Who was distilled, the lowest rung first; the last one may be incomplete."""
+    learnt: Mapping[str, LearningCost] = field(default_factory=dict)
+    """Selector -> what its learning cost, for those that learnt."""
 
     @cached_property
     def ranking(self) -> tuple[Trial, ...]:

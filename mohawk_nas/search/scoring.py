@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from mohawk_nas.layout import Layout
 
-__all__ = ["Score", "Scorer"]
+__all__ = ["Learnt", "Score", "Scorer"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +55,30 @@ class Score:
         """The score that :meth:`to_dict` wrote."""
         return cls(
             per_block={name: tuple(values) for name, values in data["per_block"].items()},
+            tokens=data["tokens"],
+            seconds=data["seconds"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learnt:
+    """What a selector learnt of the layers by training, and what it cost."""
+
+    worth: Mapping[int, float]
+    """Free layer -> what its attention is worth; higher is better."""
+    tokens: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, which :meth:`from_dict` reads back unchanged."""
+        worth = {str(layer): value for layer, value in self.worth.items()}
+        return {"worth": worth, "tokens": self.tokens, "seconds": self.seconds}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Learnt:
+        """What :meth:`to_dict` wrote."""
+        return cls(
+            worth={int(layer): value for layer, value in data["worth"].items()},
             tokens=data["tokens"],
             seconds=data["seconds"],
         )

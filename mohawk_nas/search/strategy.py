@@ -16,8 +16,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, TypeVar
 
-from mohawk_nas.config import read_options
-from mohawk_nas.errors import ConfigError, did_you_mean
+from mohawk_nas.config import StudyConfig, read_options
+from mohawk_nas.errors import ConfigError, RunError, did_you_mean
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.registry import Registry
 from mohawk_nas.search.budget import Budget
@@ -53,6 +53,13 @@ class Proposal:
     """Strategy's name; where it has several ways to choose, ``name:way``."""
 
 
+def _no_teacher(*_: Any, **__: Any) -> Any:
+    raise RunError(
+        "search.strategy, search.baselines: what is learnt or read of the bank's mixers needs the "
+        "teacher and the bank, but here are scores alone; leave gates and stage1_rank out"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchContext:
     """What a strategy may know and do."""
@@ -76,6 +83,13 @@ class SearchContext:
     prepare: Callable[[Sequence[Layout]], None] = lambda layouts: None
     """Says which layouts will be probed next, whatever they score, so that several workers can
     share them. Probes may come without it; they are then scored one after the other."""
+    stage1_losses: Callable[[], Mapping[tuple[int, str], float]] = _no_teacher
+    """(layer, candidate) -> stage-1 loss with which the bank's training left it."""
+    learn_gates: Callable[..., Sequence[Mapping[int, float]]] = _no_teacher
+    """Learns on the bank split, by gradient, what each free layer's attention is worth; takes
+    ``restarts`` and what ``Workbench.learn_gates`` takes besides the seed, and gives free layer ->
+    worth for each restart. What was learnt is kept with the study, so nothing is learnt twice, and
+    is charged to the strategy."""
 
     @cached_property
     def seen(self) -> frozenset[Layout]:
@@ -144,6 +158,10 @@ class Strategy(ABC):
         values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
         return {name: value for name, (value, default) in values.items() if value != default}
 
+    def problems(self, config: StudyConfig) -> list[str]:
+        """What this strategy needs and the study lacks: a setting, what it must be, what to do."""
+        return []
+
     @abstractmethod
     def propose(self, context: SearchContext) -> Proposal | None:
         """The next layout, on the budget and not seen before; None when there is no other."""
@@ -164,6 +182,10 @@ class Selector(Strategy):
         """Layouts that :meth:`layouts` will look at by probes, at most; for planning."""
         return 0
 
+    def num_tokens(self, space: SearchSpace, budget: Budget) -> int:
+        """Tokens that :meth:`layouts` will learn from; for planning."""
+        return 0
+
     def propose(self, context: SearchContext) -> Proposal | None:
         for label, layout in self.layouts(context):
             if layout not in context.seen:
@@ -175,9 +197,11 @@ SHORT_NAMES: Mapping[str, Mapping[str, Any]] = {
     "first": {"name": "block", "at": "first"},
     "middle": {"name": "block", "at": "middle"},
     "last": {"name": "block", "at": "last"},
+    "stage1_rank": {"name": "ranking", "score": "stage1"},
     "stage2_rank": {"name": "ranking", "score": "stage2"},
     "swap_one": {"name": "ranking", "score": "swap_one"},
     "add_one_in": {"name": "ranking", "score": "add_one_in"},
+    "recall_drop": {"name": "ranking", "score": "recall_drop"},
     "greedy": {"name": "beam", "width": 1},
 }
 """Short name -> the strategy and the options it stands for; further options may be given to it."""

@@ -16,6 +16,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from mohawk_nas.search.record import (
 )
 from mohawk_nas.search.result import StudyResult
 from mohawk_nas.search.rungs import Distiller, build_pruner, rung_recipe, rung_weights
-from mohawk_nas.search.scoring import Score, Scorer
+from mohawk_nas.search.scoring import Learnt, Score, Scorer
 from mohawk_nas.search.space import SearchSpace
 from mohawk_nas.search.storages import check_storage
 from mohawk_nas.search.strategy import (
@@ -52,6 +53,7 @@ from mohawk_nas.search.strategy import (
 
 __all__ = [
     "SearchPlan",
+    "check_needs",
     "check_search",
     "load_result",
     "plan_search",
@@ -78,6 +80,8 @@ class SearchPlan:
     """Whether the optimum is computed, so that only it and the baselines are scored."""
     rungs: Mapping[int, int]
     """Stage-3 tokens of a rung -> layouts that climb to it at most."""
+    learning: Mapping[str, int]
+    """Selector -> tokens it learns from, for those that learn."""
 
 
 def check_search(
@@ -128,17 +132,40 @@ def check_search(
     return problems
 
 
+def check_needs(config: StudyConfig) -> list[str]:
+    """What strategy and baselines need of the rest of the study and do not find there.
+
+    What cannot be built is left to :func:`check_search`.
+    """
+    problems = []
+    entries = {f"search.baselines[{i}]": x for i, x in enumerate(config.search.baselines)}
+    for where, entry in {"search.strategy": config.search.strategy, **entries}.items():
+        if isinstance(entry, str) and entry not in strategy_names():
+            continue
+        try:
+            strategy = build_strategy(entry, where=where)
+        except ConfigError:
+            continue
+        problems += [f"{text} ({where}: {strategy.label})" for text in strategy.problems(config)]
+    return problems
+
+
 def plan_search(config: SearchConfig, space: SearchSpace, budget: Budget) -> SearchPlan:
     """What :func:`run_study` will do, without scoring anything."""
     possible = budget.count(space)
     solved = is_solved(config)
     probes = {}
-    for label, selector in named_baselines(config.baselines).items():
-        if selector and (count := selector.num_probes(space, budget)):
+    selectors = {k: one for k, one in named_baselines(config.baselines).items() if one}
+    for label, selector in selectors.items():
+        if count := selector.num_probes(space, budget):
             probes[label] = count
     rungs, climbers = {}, min(possible, config.trials)
     for tokens in config.rungs.tokens:
         rungs[tokens] = climbers = build_pruner(config.rungs.pruner).limit(climbers)
+    strategy = build_strategy(config.strategy)
+    if isinstance(strategy, Selector) and possible > config.trials and not solved:
+        selectors[strategy.label] = strategy
+    learning = {label: one.num_tokens(space, budget) for label, one in selectors.items()}
     return SearchPlan(
         possible=possible,
         trials=min(possible, config.trials),
@@ -146,6 +173,7 @@ def plan_search(config: SearchConfig, space: SearchSpace, budget: Budget) -> Sea
         exhaustive=possible <= config.trials and not solved,
         solved=solved,
         rungs=rungs,
+        learning={label: tokens for label, tokens in learning.items() if tokens},
     )
 
 
@@ -162,6 +190,8 @@ def run_study(
     identity: Mapping[str, Any] | None = None,
     worker: Worker | None = None,
     pace: Pace = DEFAULT_PACE,
+    stage1_losses: Callable[[], Mapping[tuple[int, str], float]] | None = None,
+    learn_gates: Callable[..., Learnt] | None = None,
 ) -> StudyResult:
     """Run a study to its end, or continue one that was stopped, or join others that run it.
 
@@ -179,6 +209,9 @@ def run_study(
             study has another is refused.
         worker: Who this process is among those of the study.
         pace: When workers give each other up.
+        stage1_losses: As of :class:`SearchContext`, for a ranking that asks for them.
+        learn_gates: Learns one restart of strategy ``gates``, see ``Workbench.learn_gates``. None
+            if there is no teacher to learn from.
 
     Raises:
         ConfigError: The budget, a baseline or the strategy is impossible.
@@ -186,13 +219,15 @@ def run_study(
             process is at it and it is SQLite.
         TrainingError: The storage cannot be read or written.
     """
-    if problems := check_search(config.search, space=space, budget=budget):
+    problems = check_search(config.search, space=space, budget=budget)
+    if problems := problems + check_needs(config):
         raise ConfigError(problems)
     worker = worker or Worker()
     with open_ledger(
         config, space, run_dir=run_dir, begin=True, identity=identity, worker=worker, pace=pace
     ) as ledger:
         study = _Study(config, space, budget, scorer, ledger, provenance, reporter, worker, pace)
+        study.stage1_losses, study.learn_gates = stage1_losses, learn_gates
         study.run_baselines()
         study.run_strategy()
         if config.search.rungs.tokens:
@@ -232,6 +267,8 @@ class _Study:
         self._pace = pace
         self._chance = worker.random()
         self._shown = len(ledger.trials)
+        self.stage1_losses: Callable[[], Mapping[tuple[int, str], float]] | None = None
+        self.learn_gates: Callable[..., Learnt] | None = None
 
     def run_baselines(self) -> None:
         """Score every baseline's layouts, each label once."""
@@ -391,6 +428,11 @@ class _Study:
                 score(self._chance.choice(free) if self._salt() else free[0])
                 self._look(task)
 
+        if_there: dict[str, Any] = {}
+        if self.stage1_losses is not None:
+            if_there["stage1_losses"] = self.stage1_losses
+        if self.learn_gates is not None:
+            if_there["learn_gates"] = partial(self._learn, name, task, self.learn_gates)
         return SearchContext(
             space=self._space,
             budget=self._budget,
@@ -401,7 +443,24 @@ class _Study:
             probe=probe,
             prepare=prepare,
             stage2_losses=self._scorer.stage2_losses,
+            **if_there,
         )
+
+    def _learn(
+        self, name: str, task: Task, learn: Callable[..., Learnt], *, restarts: int, **choices: Any
+    ) -> list[Mapping[int, float]]:
+        """What each restart learns, each by one worker."""
+        keys = {f"learnt {name}:{number}": number for number in range(1, restarts + 1)}
+
+        def make(number: int) -> dict[str, Any]:
+            learnt = learn(seed=trial_seed(self._config.seed, number, "gates"), **choices)
+            return {"by": name, **learnt.to_dict()}
+
+        left = list(keys)
+        while left := [x for x in left if not self._ledger.note_once(x, partial(make, keys[x]))]:
+            self._wait(task)
+        notes = self._ledger.notes()
+        return [Learnt.from_dict(notes[key]).worth for key in keys]
 
     def _score_free(self, proposals: Sequence[Proposal], task: Task) -> bool:
         """Score layouts that have no trial and that nobody is scoring; are some left to others?"""
