@@ -2,7 +2,8 @@
 
 A run's folder holds ``config.yaml`` (the resolved study), ``provenance.json``, ``study.db`` (or
 ``study.journal``, if several workers share the study), ``best.yaml`` and ``report.html``;
-``distill/`` and ``export/`` follow.
+``distill/`` and ``export/`` follow. With ``search.pareto`` each layout of the set has a folder in
+``pareto/`` that holds its ``best.yaml`` and is then used like the run's own.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from mohawk_nas.runs import (
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.leases import Worker
 from mohawk_nas.search.objectives import BankScorer, PerTrialScorer
-from mohawk_nas.search.result import Placement, StudyResult
+from mohawk_nas.search.result import Placement, StudyResult, Trial
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import SearchSpace, load_space
 from mohawk_nas.search.storages import locate_study
@@ -123,7 +124,7 @@ class Workbench:
     def identity(self) -> dict[str, Any]:
         """What every score of this study depends on beyond its settings."""
         keys = [self.bank.key(*pair) for pair in self.space.replaceable]
-        probe = self.probe("search") if "recall" in self.config.search.objective else None
+        probe = self.probe("search") if "recall" in self.config.search.weights else None
         asked = {"recall probe": f"{probe}"} if probe else {}
         return asked | {
             "teacher": self.teacher.fingerprint,
@@ -152,10 +153,10 @@ class Workbench:
         """The study as this teacher allows it: recall is left out if it solves no probe.
 
         Raises:
-            TeacherError: Nothing would be left to score by.
+            TeacherError: Nothing would be left to score by, or one figure for a Pareto set.
         """
         search = self.config.search
-        if "recall" not in search.objective:
+        if "recall" not in search.weights:
             return self.config
         if (probe := self.probe("search")) is not None:
             self.reporter.say(
@@ -169,8 +170,16 @@ class Workbench:
         rest = {name: weight for name, weight in search.objective.items() if name != "recall"}
         if not rest:
             raise TeacherError(f"search.objective: {said}; score by kl instead")
-        self.reporter.say(f"{said}: recall is left out of the objective")
-        return dataclasses.replace(self.config, search=dataclasses.replace(search, objective=rest))
+        pareto = [name for name in search.pareto if name != "recall"]
+        if len(pareto) == 1:
+            raise TeacherError(
+                f"search.pareto: {said}, and {pareto[0]} alone makes no Pareto set; name another "
+                "figure besides it"
+            )
+        where = [key for key in ("objective", "pareto") if "recall" in getattr(search, key)]
+        self.reporter.say(f"{said}: recall is left out of search.{' and search.'.join(where)}")
+        allowed = dataclasses.replace(search, objective=rest, pareto=pareto)
+        return dataclasses.replace(self.config, search=allowed)
 
     def result(self) -> StudyResult:
         """The study as far as it has run.
@@ -199,8 +208,8 @@ class Workbench:
             self.bank,
             self.blocks["search"],
             pairs=self.space.replaceable,
-            weights=search.objective,
-            probe=self.probe("search") if "recall" in search.objective else None,
+            weights=search.weights,
+            probe=self.probe("search") if "recall" in search.weights else None,
             batch_size=search.batch_size,
         )
         if self.teacher.device.type == "cuda":
@@ -227,7 +236,7 @@ class BestLayout:
 def search(
     config: StudyConfig, *, reporter: Reporter = SILENT, force: bool = False, workers: int = 1
 ) -> tuple[StudyResult, Path]:
-    """Train the bank, run the study, write ``best.yaml``.
+    """Train the bank, run the study, write ``best.yaml`` and what ``search.pareto`` asks for.
 
     Args:
         config: The study.
@@ -278,7 +287,8 @@ def _search(bench: Workbench, *, workers: int) -> tuple[StudyResult, Path]:
             reporter=reporter,
         )
     path = config.run_dir / "best.yaml"
-    _write_best(path, bench, result)
+    _write_best(path, bench, result, result.best)
+    _write_pareto_set(config.run_dir / "pareto", bench, result)
     return result, path
 
 
@@ -524,8 +534,23 @@ def _layer_bank(bench: Workbench, best: BestLayout, path: Path, train: TokenBloc
     return bank
 
 
-def _write_best(path: Path, bench: Workbench, result: StudyResult) -> None:
-    best, symbols = result.best, bench.space.symbols
+def _write_pareto_set(folder: Path, bench: Workbench, result: StudyResult) -> None:
+    """A folder for each member, named by its layout, so that it stays when the set changes."""
+    symbols = bench.space.symbols
+    members = {"".join(t.layout.strip(symbols).split()): t for t in result.pareto_set}
+    for name, trial in members.items():
+        _write_best(folder / name / "best.yaml", bench, result, trial)
+    for former in sorted(set(folder.glob("*/best.yaml"))):
+        # What has been distilled stays.
+        alone = list(former.parent.iterdir()) == [former]
+        if former.parent.name not in members and alone:
+            former.unlink()
+            former.parent.rmdir()
+
+
+def _write_best(path: Path, bench: Workbench, result: StudyResult, best: Trial) -> None:
+    symbols = bench.space.symbols
+    tied = {"tied_with": [trial.layout.strip(symbols) for trial in result.ties]}
     content = {
         "strip": best.layout.strip(symbols),
         "attention_layers": list(best.layout.attention_layers),
@@ -539,7 +564,7 @@ def _write_best(path: Path, bench: Workbench, result: StudyResult) -> None:
             "tokens": best.score.tokens,
             "layouts_scored": len(result.trials),
             "layouts_possible": result.num_possible,
-            "tied_with": [trial.layout.strip(symbols) for trial in result.ties],
+            **(tied if best is result.best else {}),
         },
         "teacher": {
             "source": bench.config.teacher.source,

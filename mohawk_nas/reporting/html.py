@@ -74,6 +74,13 @@ def render_report(result: StudyResult, config: StudyConfig) -> str:
         _best_table(result),
         f'<p class="soft">{escape(text.reading(result))}</p>',
     ]
+    if result.pareto_set:
+        sections += [
+            f"<h2>Pareto set of {escape(', '.join(result.pareto))}</h2>",
+            _pareto_table(result),
+            f'<p class="soft">{escape(text.pareto_reading(result))}</p>',
+            *(_scatter(result, name) for name in result.pareto[1:]),
+        ]
     if result.baselines:
         sections += ["<h2>Baselines: what simple rules choose</h2>", _baseline_table(result)]
     if result.worth.fitted:
@@ -106,6 +113,20 @@ def _best_table(result: StudyResult) -> str:
         for rank, trial in enumerate(shown, start=1)
     ]
     return _table(["#", *_columns(result), "proposed by"], rows, numbers=_numbers(result, [0]))
+
+
+def _pareto_table(result: StudyResult) -> str:
+    rows = [
+        [
+            _strip(result, trial.layout),
+            text.layers(trial.layout),
+            *map(text.figure, result.pareto, result.figures(trial.score)),
+            escape(text.proposers(result, trial.layout)),
+        ]
+        for trial in result.pareto_set
+    ]
+    numbers = set(range(2, 2 + len(result.pareto)))
+    return _table(["layout", "keeps", *result.pareto, "proposed by"], rows, numbers=numbers)
 
 
 def _baseline_table(result: StudyResult) -> str:
@@ -239,6 +260,47 @@ def _anytime_chart(result: StudyResult) -> str:
         path += f"H{x(number):.1f}V{y(value):.1f}"
     marks.append(f'<path class="best" d="{path}"/>')
     return _svg(width, height, marks, label="Best value after each layout")
+
+
+def _scatter(result: StudyResult, across: str) -> str:
+    """Every trial by the first figure of the Pareto set, upwards, and another one."""
+    width, height, left, top, bottom = 800, 300, 70, 14, 52
+    up, members = result.pareto[0], {trial.number for trial in result.pareto_set}
+    points = [(t, t.score.mean(across), t.score.mean(up)) for t in result.trials]
+    points = [p for p in points if math.isfinite(p[1]) and math.isfinite(p[2])]
+    xs, ys = [p[1] for p in points] or [0.0], [p[2] for p in points] or [0.0]
+
+    def share(value: float, values: list[float]) -> float:
+        return (value - min(values)) / ((max(values) - min(values)) or 1.0)
+
+    marks = []
+    for value in sorted({min(ys), max(ys)}):
+        at = top + (height - top - bottom) * (1 - share(value, ys))
+        marks.append(
+            f'<line class="axis" x1="{left - 8}" x2="{width - 10}" y1="{at:.1f}" y2="{at:.1f}"/>'
+            f'<text x="{left - 14}" y="{at + 4:.1f}" text-anchor="end">'
+            f"{text.figure(up, value)}</text>"
+        )
+    for value in sorted({min(xs), max(xs)}):
+        at = left + (width - left - 60) * share(value, xs)
+        marks.append(
+            f'<text x="{at:.1f}" y="{height - bottom + 26}" text-anchor="middle">'
+            f"{text.figure(across, value)}</text>"
+        )
+    marks.append(
+        f'<text x="{width / 2}" y="{height - 2}" text-anchor="middle">{escape(across)}, with '
+        f"{escape(up)} upwards; ringed: the Pareto set</text>"
+    )
+    for trial, x, y in points:
+        style = "best" if trial.number in members else "dot"
+        note = f"{text.layers(trial.layout)}: {across} {text.figure(across, x)}, "
+        note += f"{up} {text.figure(up, y)} ({trial.proposed_by})"
+        marks.append(
+            f'<circle class="{style}" cx="{left + (width - left - 60) * share(x, xs):.1f}" '
+            f'cy="{top + (height - top - bottom) * (1 - share(y, ys)):.1f}" r="4">'
+            f"<title>{escape(note)}</title></circle>"
+        )
+    return _svg(width, height, marks, label=f"{up} and {across} of each layout")
 
 
 def _svg(width: int, height: int, marks: Iterable[str], *, label: str) -> str:

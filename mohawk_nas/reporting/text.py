@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from mohawk_nas.layout import Layout
-from mohawk_nas.search.result import Comparison, StudyResult
+from mohawk_nas.search.result import Comparison, Placement, StudyResult
 
 OBJECTIVE_NOTES: Mapping[str, str] = {
     "kl": "KL divergence from the teacher, nats a token",
@@ -15,6 +15,12 @@ OBJECTIVE_NOTES: Mapping[str, str] = {
     "stage2_local": "relative distance of the replaced mixers' outputs on the teacher's inputs",
 }
 """What the figures of an objective are."""
+
+COST_NOTES: Mapping[str, str] = {
+    "attention_layers": "layers that keep attention; for search.pareto",
+    "cache": "bytes that a sequence of one block leaves in caches and states; for search.pareto",
+}
+"""What the other figures are that ``search.pareto`` may name."""
 
 TIED_MARK = "≈"
 MOST_TIES = 6
@@ -68,6 +74,38 @@ def reading(result: StudyResult) -> str:
         f"{TIED_MARK} marks a tie, at most two standard errors."
     )
     return " ".join(parts)
+
+
+def pareto_reading(result: StudyResult) -> str:
+    """What the Pareto set is, and how much of what was found it covers."""
+    members, names = len(result.pareto_set), " and ".join(result.pareto)
+    notes = {**OBJECTIVE_NOTES, **COST_NOTES}
+    covered = result.anytime_hypervolume()[-1]
+    return (
+        f"{members} of {len(result.trials):,} scored layouts: no other is at least as good in "
+        f"{names} and better in one of them; noise is not asked. "
+        + " ".join(f"{name}: {notes[name].split(';')[0]}." for name in result.pareto)
+        + f" They cover {covered:.0%} of the box between the best and the worst figures found."
+    )
+
+
+def figure(name: str, value: float) -> str:
+    """A figure as a table shows it."""
+    if name == "attention_layers":
+        return f"{value:.0f}"
+    if name == "cache":
+        return f"{value / 2**20:,.2f} MiB" if value >= 2**20 else f"{value / 2**10:,.2f} KiB"
+    return f"{value:.4f}"
+
+
+def placed_in_set(placement: Placement, result: StudyResult) -> str:
+    """How a layout stands to the Pareto set."""
+    names = ", ".join(result.pareto)
+    if placement.beaten_by:
+        named = " | ".join(layers(trial.layout) for trial in placement.beaten_by[:MOST_TIES])
+        more = len(placement.beaten_by) - MOST_TIES
+        return f"Pareto set of {names}: beaten by {named}{f' and {more} more' if more > 0 else ''}"
+    return f"Pareto set of {names}: no layout of it is better, so this one belongs to it"
 
 
 def fit_reading(r_squared: float) -> str:
