@@ -364,6 +364,9 @@ def test_reports_show_the_set():
         row = f"{text.layers(trial.layout)} {kl:.4f} {recall:.4f} {cache / 1024:.2f} KiB"
         assert row in shown
         assert f'<td class="n">{recall:.4f}</td><td class="n">{cache / 1024:.2f} KiB</td>' in page
+    assert f"covers {result.anytime_hypervolume()[-1]:.0%} of the range" in shown
+    start = page.index('aria-label="Range covered after each layout"')
+    assert page[start : page.index("</svg>", start)].count("H") == len(result.trials)
     # One plot for recall and one for the cache.
     for name in ("recall", "cache"):
         start = page.index(f'aria-label="kl and {name} of each layout"')

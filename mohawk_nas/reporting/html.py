@@ -93,6 +93,7 @@ def render_report(result: StudyResult, config: StudyConfig) -> str:
         _anytime_chart(result),
         '<p class="soft">Each mark is a layout in the order of scoring, hollow where a baseline '
         "named it; the line is the best so far.</p>",
+        *_covered_chart(result),
         "<h2>Settings</h2>",
         f"<pre>{escape(dump(config))}</pre>",
     ]
@@ -260,6 +261,26 @@ def _anytime_chart(result: StudyResult) -> str:
         path += f"H{x(number):.1f}V{y(value):.1f}"
     marks.append(f'<path class="best" d="{path}"/>')
     return _svg(width, height, marks, label="Best value after each layout")
+
+
+def _covered_chart(result: StudyResult) -> list[str]:
+    if not result.pareto_set:
+        return []
+    left, top, width, height = 70, 14, 700, 120
+    shares = result.anytime_hypervolume()
+    path = f"M{left} {top + height}"
+    for number, share in enumerate(shares):
+        x = left + width * number / max(len(shares) - 1, 1)
+        path += f"H{x:.1f}V{top + height * (1 - share):.1f}"
+    marks = [
+        f'<line class="axis" x1="{left - 8}" x2="{left + width}" y1="{y}" y2="{y}"/>'
+        f'<text x="{left - 14}" y="{y + 4}" text-anchor="end">{share}</text>'
+        for y, share in ((top, "100 %"), (top + height, "0 %"))
+    ]
+    marks.append(f'<path class="best" d="{path}"/>')
+    note = "What the Pareto set covers of the range between best and worst figures, so far."
+    chart = _svg(800, height + 30, marks, label="Range covered after each layout")
+    return [chart, f'<p class="soft">{note}</p>']
 
 
 def _scatter(result: StudyResult, across: str) -> str:

@@ -78,15 +78,17 @@ def reading(result: StudyResult) -> str:
 
 def pareto_reading(result: StudyResult) -> str:
     """What the Pareto set is, and how much of what was found it covers."""
-    members, names = len(result.pareto_set), " and ".join(result.pareto)
     notes = {**OBJECTIVE_NOTES, **COST_NOTES}
+    parts = [
+        f"{len(result.pareto_set)} of {len(result.trials):,} scored layouts: no other is at least "
+        "as good in all of these figures and better in one; members may be tied within noise."
+    ]
+    # The others are explained where the layouts are ranked.
+    new = (name for name in result.pareto if name not in result.weights)
+    parts += [f"{name}: {notes[name].partition(';')[0]}." for name in new]
     covered = result.anytime_hypervolume()[-1]
-    return (
-        f"{members} of {len(result.trials):,} scored layouts: no other is at least as good in "
-        f"{names} and better in one of them; noise is not asked. "
-        + " ".join(f"{name}: {notes[name].split(';')[0]}." for name in result.pareto)
-        + f" They cover {covered:.0%} of the box between the best and the worst figures found."
-    )
+    parts.append(f"The set covers {covered:.0%} of the range between best and worst figures.")
+    return " ".join(parts)
 
 
 def figure(name: str, value: float) -> str:
@@ -102,7 +104,8 @@ def placed_in_set(placement: Placement, result: StudyResult) -> str:
     """How a layout stands to the Pareto set."""
     names = ", ".join(result.pareto)
     if placement.beaten_by:
-        named = " | ".join(layers(trial.layout) for trial in placement.beaten_by[:MOST_TIES])
+        symbols, some = result.space.symbols, placement.beaten_by[:MOST_TIES]
+        named = " | ".join(trial.layout.strip(symbols) for trial in some)
         more = len(placement.beaten_by) - MOST_TIES
         return f"Pareto set of {names}: beaten by {named}{f' and {more} more' if more > 0 else ''}"
     return f"Pareto set of {names}: no layout of it is better, so this one belongs to it"
