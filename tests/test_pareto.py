@@ -6,12 +6,14 @@ import json
 import math
 import random
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import optuna
 import pytest
 import torch
 import yaml
+from crew import QUICK
 from rich.console import Console
 from synthetic_search import SyntheticScorer, make
 from tiny_study import make_study
@@ -22,6 +24,7 @@ from mohawk_nas.layout import ATTENTION
 from mohawk_nas.reporting import text
 from mohawk_nas.reporting.console import print_placement, print_result
 from mohawk_nas.reporting.html import render_report
+from mohawk_nas.search.leases import Worker
 from mohawk_nas.search.pareto import dominates, hypervolumes, pareto_ranks
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.strategies._sampling import _ENCODINGS
@@ -326,6 +329,25 @@ def test_a_stopped_study_goes_on_as_if_unbroken(tmp_path, strategy):
     # Sought by figures, another way is gone than by the objective alone.
     _, single = study(Costly(8), strategy=strategy, pareto=())
     assert [t.layout for t in single.trials] != [t.layout for t in whole.trials]
+
+
+def test_two_workers_find_one_set(tmp_path):
+    scorers = [Costly(8, pause=0.02), Costly(8, pause=0.02)]
+    options = {"storage": f"journal:{tmp_path / 'study.journal'}", "baselines": ["uniform"]}
+    options |= {"trials": 30, "strategy": "nsga2", "pareto": ["kl", "cache"]}
+
+    def work(number):
+        config, space, budget = make(8, 2, replacements=REPLACEMENTS, **options)
+        worker = Worker(number=number)
+        scorer = scorers[number]
+        return run_study(config, space, budget, scorer, run_dir=None, worker=worker, pace=QUICK)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(work, range(2))
+    assert one.pareto_set == two.pareto_set and len(one.pareto_set) > 2
+    scored = [layout for scorer in scorers for layout in scorer.scored]
+    assert len(scored) == len(set(scored)) == len(one.trials) == 30
+    assert all(scorer.scored for scorer in scorers)
 
 
 @pytest.mark.parametrize("pareto", [(), ("kl", "recall"), ("cache", "kl")])

@@ -1,5 +1,9 @@
 """Pareto sets: what no other beats in all figures at once, and how much of the range they cover.
 
+The study's Optuna trials hold one value all the same, the objective's: it ranks the layouts and
+decides ``best.yaml``, and dashboards draw its history. Every figure stands in a trial's score, and
+only the scratch study in which a sampler proposes has several values.
+
 N layouts, F figures of each; lower is better.
 """
 
