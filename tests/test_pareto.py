@@ -150,7 +150,7 @@ def test_the_set_holds_what_no_other_layout_beats():
     # Two are equal; (1, 3) is beaten by both; what is not finite is no result.
     assert kept(result.pareto_set) == [(0, 1), (0, 2), (0, 3), (1, 2)]
     assert result.best.layout.attention_layers == (0, 1), "the objective alone decides the best"
-    curve = result.anytime_hypervolume()
+    curve = result.anytime_hypervolume
     assert curve == sorted(curve) and 0 < curve[-1] <= 1
 
     def placed(kl, recall):
@@ -386,7 +386,7 @@ def test_reports_show_the_set():
         row = f"{text.layers(trial.layout)} {kl:.4f} {recall:.4f} {cache / 1024:.2f} KiB"
         assert row in shown
         assert f'<td class="n">{recall:.4f}</td><td class="n">{cache / 1024:.2f} KiB</td>' in page
-    assert f"covers {result.anytime_hypervolume()[-1]:.0%} of the range" in shown
+    assert f"covers {result.anytime_hypervolume[-1]:.0%} of the range" in shown
     start = page.index('aria-label="Range covered after each layout"')
     assert page[start : page.index("</svg>", start)].count("H") == len(result.trials)
     # One plot for recall and one for the cache.

@@ -267,7 +267,7 @@ def _covered_chart(result: StudyResult) -> list[str]:
     if not result.pareto_set:
         return []
     left, top, width, height = 70, 14, 700, 120
-    shares = result.anytime_hypervolume()
+    shares = result.anytime_hypervolume
     path = f"M{left} {top + height}"
     for number, share in enumerate(shares):
         x = left + width * number / max(len(shares) - 1, 1)

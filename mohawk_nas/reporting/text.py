@@ -86,7 +86,7 @@ def pareto_reading(result: StudyResult) -> str:
     # The others are explained where the layouts are ranked.
     new = (name for name in result.pareto if name not in result.weights)
     parts += [f"{name}: {notes[name].partition(';')[0]}." for name in new]
-    covered = result.anytime_hypervolume()[-1]
+    covered = result.anytime_hypervolume[-1]
     parts.append(f"The set covers {covered:.0%} of the range between best and worst figures.")
     return " ".join(parts)
 

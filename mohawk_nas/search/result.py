@@ -220,6 +220,7 @@ class StudyResult:
         """A score's figures that ``pareto`` names, in its order."""
         return tuple(score.mean(name) for name in self.pareto)
 
+    @cached_property
     def anytime_hypervolume(self) -> list[float]:
         """The share of the range of figures that 1, 2, ... distinct layouts cover, see
         :func:`mohawk_nas.search.pareto.hypervolumes`."""
