@@ -94,7 +94,8 @@ def search(
             config, reporter=screen.reporter(), force=force, workers=workers
         )
     report = write_report(config.run_dir / "report.html", result, config)
-    screen.show_result(result, next_command=f"mohawk-nas distill {best}", files=[best, report])
+    files = [best, report, *([config.run_dir / "pareto"] if result.pareto else [])]
+    screen.show_result(result, next_command=f"mohawk-nas distill {best}", files=files)
 
 
 @app.command()

@@ -46,6 +46,9 @@ __all__ = [
 T = TypeVar("T")
 
 OBJECTIVES = ("stage2_local", "stage2_cascade", "kl", "recall")
+COSTS = ("attention_layers", "cache")
+FIGURES = (*OBJECTIVES, *COSTS)
+"""What a layout can be scored by; costs follow from the layout alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +195,12 @@ class SearchConfig:
     """A strategy's name, or ``{name: NAME, option: value}``; so is each of ``baselines``."""
     objective: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
     """Objective -> weight. A single name stands for itself alone."""
+    pareto: list[str] = field(default_factory=list)
+    """Two figures or more, such as ``[kl, recall, cache]``: the result is then also the set of
+    layouts that no other scored layout beats in all of them, and samplers look for that set.
+    ``objective`` still decides which layout is the best. Besides objectives these are costs:
+    ``attention_layers``, and ``cache``, the bytes of keys, values and states that one sequence of
+    ``data.block_size`` tokens leaves."""
     evaluation: Literal["bank", "per_trial"] = "bank"
     """Assemble trials from the bank, or train each trial's layers anew (the slow reference)."""
     baselines: list[Any] = field(
@@ -217,6 +226,12 @@ class SearchConfig:
     """``journal:PATH``, a file that any number of processes and hosts share, or a database's URL
     as Optuna takes it; relative to the working folder. None is a file in the run's folder: SQLite
     for one worker, a journal for several."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Every figure that a layout is scored by -> its weight in the objective, 0 for those that
+        only ``pareto`` names."""
+        return {**dict.fromkeys(self.pareto, 0.0), **self.objective}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -675,6 +690,21 @@ def _check(study: StudyConfig) -> list[str]:
             0 < weight < math.inf,
             f"search.objective.{name}: its weight must be above 0, but got {weight}",
         )
+    for i, name in enumerate(search.pareto):
+        need(
+            name in FIGURES,
+            f"search.pareto[{i}]: unknown figure {name!r}; available: {', '.join(FIGURES)}."
+            f"{did_you_mean(name, FIGURES)}",
+        )
+        need(
+            name not in search.pareto[:i],
+            f"search.pareto[{i}]: each figure must be named once, but {name!r} is named twice",
+        )
+    need(
+        len(search.pareto) != 1,
+        "search.pareto: must name at least two figures, since one alone is an objective, but got "
+        f"{search.pareto}",
+    )
     need(
         not study.teacher.overrides or study.teacher.random_weights,
         "teacher.overrides: changes the architecture, so it needs teacher.random_weights: true",

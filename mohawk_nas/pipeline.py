@@ -2,7 +2,8 @@
 
 A run's folder holds ``config.yaml`` (the resolved study), ``provenance.json``, ``study.db`` (or
 ``study.journal``, if several workers share the study), ``best.yaml`` and ``report.html``;
-``distill/`` and ``export/`` follow.
+``distill/`` and ``export/`` follow. With ``search.pareto`` each layout of the set has a folder in
+``pareto/`` that holds its ``best.yaml`` and is then used like the run's own.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.gates import learn_gates
 from mohawk_nas.search.leases import Worker
 from mohawk_nas.search.objectives import BankScorer, PerTrialScorer
-from mohawk_nas.search.result import Placement, StudyResult
+from mohawk_nas.search.result import Placement, StudyResult, Trial
 from mohawk_nas.search.rungs import Distiller
 from mohawk_nas.search.scoring import Learnt, Score
 from mohawk_nas.search.space import SearchSpace, load_space
@@ -129,7 +130,7 @@ class Workbench:
     def identity(self) -> dict[str, Any]:
         """What every score of this study depends on beyond its settings."""
         keys = [self.bank.key(*pair) for pair in self.space.replaceable]
-        probe = self.probe("search") if "recall" in self.config.search.objective else None
+        probe = self.probe("search") if "recall" in self.config.search.weights else None
         asked = {"recall probe": f"{probe}, {probe.fingerprint}"} if probe else {}
         return asked | {
             "teacher": self.teacher.fingerprint,
@@ -158,11 +159,11 @@ class Workbench:
         """The study as this teacher allows it: recall is left out if it solves no probe.
 
         Raises:
-            TeacherError: Nothing would be left to score by.
+            TeacherError: Nothing would be left to score by, or one figure for a Pareto set.
             ConfigError: A baseline or the strategy cannot do without it.
         """
         search = self.config.search
-        if "recall" not in search.objective:
+        if "recall" not in search.weights:
             return self.config
         if (probe := self.probe("search")) is not None:
             self.reporter.say(
@@ -176,11 +177,18 @@ class Workbench:
         rest = {name: weight for name, weight in search.objective.items() if name != "recall"}
         if not rest:
             raise TeacherError(f"search.objective: {said}; score by kl instead")
-        left = dataclasses.replace(search, objective=rest)
-        study = dataclasses.replace(self.config, search=left)
+        pareto = [name for name in search.pareto if name != "recall"]
+        if len(pareto) == 1:
+            raise TeacherError(
+                f"search.pareto: {said}, and {pareto[0]} alone makes no Pareto set; name another "
+                "figure besides it"
+            )
+        allowed = dataclasses.replace(search, objective=rest, pareto=pareto)
+        study = dataclasses.replace(self.config, search=allowed)
         if problems := check_needs(study):
             raise ConfigError([f"{problem}: {said}" for problem in problems])
-        self.reporter.say(f"{said}: recall is left out of the objective")
+        where = [key for key in ("objective", "pareto") if "recall" in getattr(search, key)]
+        self.reporter.say(f"{said}: recall is left out of search.{' and search.'.join(where)}")
         return study
 
     def result(self) -> StudyResult:
@@ -273,8 +281,8 @@ class Workbench:
             self.bank,
             self.blocks["search"],
             pairs=self.space.replaceable,
-            weights=search.objective,
-            probe=self.probe("search") if "recall" in search.objective else None,
+            weights=search.weights,
+            probe=self.probe("search") if "recall" in search.weights else None,
             batch_size=search.batch_size,
         )
         if self.teacher.device.type == "cuda":
@@ -305,7 +313,7 @@ class BestLayout:
 def search(
     config: StudyConfig, *, reporter: Reporter = SILENT, force: bool = False, workers: int = 1
 ) -> tuple[StudyResult, Path]:
-    """Train the bank, run the study, write ``best.yaml``.
+    """Train the bank, run the study, write ``best.yaml`` and what ``search.pareto`` asks for.
 
     Args:
         config: The study.
@@ -356,7 +364,8 @@ def _search(bench: Workbench, *, workers: int) -> tuple[StudyResult, Path]:
             reporter=reporter,
         )
     path = config.run_dir / "best.yaml"
-    _write_best(path, bench, result)
+    _write_best(path, bench, result, result.best)
+    _write_pareto_set(config.run_dir / "pareto", bench, result)
     return result, path
 
 
@@ -655,8 +664,23 @@ def _layer_bank(bench: Workbench, best: BestLayout, path: Path, train: TokenBloc
     return bank
 
 
-def _write_best(path: Path, bench: Workbench, result: StudyResult) -> None:
-    best, symbols = result.best, bench.space.symbols
+def _write_pareto_set(folder: Path, bench: Workbench, result: StudyResult) -> None:
+    """A folder for each member, named by its layout, so that it stays when the set changes."""
+    symbols = bench.space.symbols
+    members = {"".join(t.layout.strip(symbols).split()): t for t in result.pareto_set}
+    for name, trial in members.items():
+        _write_best(folder / name / "best.yaml", bench, result, trial)
+    for former in sorted(set(folder.glob("*/best.yaml"))):
+        # What has been distilled stays.
+        alone = list(former.parent.iterdir()) == [former]
+        if former.parent.name not in members and alone:
+            former.unlink()
+            former.parent.rmdir()
+
+
+def _write_best(path: Path, bench: Workbench, result: StudyResult, best: Trial) -> None:
+    symbols = bench.space.symbols
+    tied = {"tied_with": [trial.layout.strip(symbols) for trial in result.ties]}
     content = {
         "strip": best.layout.strip(symbols),
         "attention_layers": list(best.layout.attention_layers),
@@ -670,8 +694,8 @@ def _write_best(path: Path, bench: Workbench, result: StudyResult) -> None:
             "tokens": best.score.tokens,
             "layouts_scored": len(result.trials),
             "layouts_possible": result.num_possible,
-            **({"rungs": _rung_figures(result)} if result.rungs else {}),
-            "tied_with": [trial.layout.strip(symbols) for trial in result.ties],
+            **({"rungs": _rung_figures(result)} if result.rungs and best is result.best else {}),
+            **(tied if best is result.best else {}),
         },
         "teacher": {
             "source": bench.config.teacher.source,

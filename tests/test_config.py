@@ -186,6 +186,21 @@ STAGES = ["bank.matrix", "bank.hidden", "distill.matrix", "distill.hidden", "dis
             "search.objective.kl: its weight must be above 0, but got nan",
         ),
         (
+            "search.pareto=[kl]",
+            "search.pareto: must name at least two figures, since one alone is an objective, but "
+            "got ['kl']",
+        ),
+        (
+            "search.pareto=[kl, cach]",
+            "search.pareto[1]: unknown figure 'cach'; available: stage2_local, stage2_cascade, kl, "
+            "recall, attention_layers, cache. Did you mean 'cache'?",
+        ),
+        (
+            "search.pareto=[kl, cache, kl]",
+            "search.pareto[2]: each figure must be named once, but 'kl' is named twice",
+        ),
+        ("search.pareto=kl", "search.pareto: must be a list, but got 'kl'"),
+        (
             "teacher.overrides={num_hidden_layers: 2}",
             "teacher.overrides: changes the architecture, so it needs teacher.random_weights: true",
         ),

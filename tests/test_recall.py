@@ -247,6 +247,37 @@ def test_a_study_leaves_recall_out_where_the_teacher_has_none(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_recall_is_left_out_of_a_pareto_set_too(tmp_path):
+    said = []
+
+    class Listener(type(SILENT)):
+        def say(self, text):
+            said.append(text)
+
+    study = make_study(tmp_path, "search.pareto=[recall,kl,cache]")
+    result, _ = search(study, reporter=Listener())
+    assert any(line.endswith("recall is left out of search.pareto") for line in said)
+    assert result.pareto == ("kl", "cache") and result.pareto_set
+    again = make_study(tmp_path, "search.pareto=[recall,kl]", "name=other")
+    with pytest.raises(TeacherError, match="and kl alone makes no Pareto set"):
+        search(again)
+
+
+def test_recall_can_be_a_figure_of_the_pareto_set_alone(bench):
+    pareto = dataclasses.replace(bench.config.search, pareto=["recall", "kl", "cache"])
+    work = Workbench(dataclasses.replace(bench.config, search=pareto))
+    layout = next(bench.budget.enumerate(bench.space))
+    probe = probe_for(bench, assemble(bench.teacher, layout, bench.bank), wrong=0)
+    # One that this teacher solves.
+    work._probes["search"] = probe
+    assert work.study.search.pareto == ["recall", "kl", "cache"]
+    assert work.identity["recall probe"] == f"{probe}, {probe.fingerprint}"
+    score = work.scorer().score(layout)
+    assert list(score.per_block) == ["kl", "recall", "cache"]
+    assert score.mean("recall") == pytest.approx(1 - 1 / 0.8)
+    assert score.value(work.study.search.objective) == score.mean("kl")
+
+
 def test_all_attention_loses_nothing(bench):
     student = bench.teacher.model
     probe = probe_for(bench, student, wrong=0)

@@ -206,6 +206,7 @@ STRATEGIES_OF_STUDIES = [
     "random",
     {"name": "tpe", "encoding": "slots"},
     {"name": "gp", "encoding": "bits"},
+    {"name": "nsga2", "population": 6},
     "surrogate",
     {"name": "surrogate", "model": "additive", "explore": "none"},
     {"name": "beam", "width": 3, "swaps": 2},

@@ -18,6 +18,8 @@ __all__ = ["print_placement", "print_result"]
 
 SPACED_UP_TO = 16
 """Layers up to which a layout is printed with spaces between the symbols."""
+MOST_MEMBERS = 20
+"""Members of a Pareto set that are printed."""
 HALF_BAR = 12
 """Characters of the longest bar on either side of zero."""
 
@@ -41,6 +43,10 @@ def print_result(
     console.print()
     console.print(_best_table(result, top=top, width=console.width))
     _say(console, f"[dim]{text.reading(result)}[/dim]")
+    if result.pareto_set:
+        console.print()
+        console.print(_pareto_table(result, width=console.width))
+        _say(console, f"[dim]{text.pareto_reading(result)}[/dim]")
     if result.baselines:
         console.print()
         console.print(_baseline_table(result, width=console.width))
@@ -77,6 +83,8 @@ def print_placement(
         f"against the best, {text.layers(result.best.layout)}: "
         f"{text.difference(placement.versus_best)}{tied}",
     )
+    if result.pareto:
+        _say(console, text.placed_in_set(placement, result))
 
 
 def _best_table(result: StudyResult, *, top: int, width: int) -> Table:
@@ -90,6 +98,29 @@ def _best_table(result: StudyResult, *, top: int, width: int) -> Table:
         table.add_row(str(rank), *cells, text.proposers(result, trial.layout))
     if len(result.ranking) > top:
         table.caption = f"and {len(result.ranking) - top:,} more"
+    return table
+
+
+def _pareto_table(result: StudyResult, *, width: int) -> Table:
+    table = _table(f"Pareto set of {', '.join(result.pareto)}")
+    shown = result.pareto_set[:MOST_MEMBERS]
+    strip, listed = _layout_forms(result, [trial.layout for trial in shown], width)
+    if strip:
+        table.add_column("layout", no_wrap=True)
+    if listed:
+        table.add_column("keeps", no_wrap=True)
+    for name in result.pareto:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("proposed by")
+    for trial in shown:
+        cells: list[str | Text] = [_strip(trial.layout, result.space)] if strip else []
+        if listed:
+            cells.append(text.layers(trial.layout))
+        figures = zip(result.pareto, result.figures(trial.score), strict=True)
+        cells += [text.figure(name, value) for name, value in figures]
+        table.add_row(*cells, text.proposers(result, trial.layout))
+    if more := len(result.pareto_set) - len(shown):
+        table.caption = f"and {more:,} more in report.html"
     return table
 
 

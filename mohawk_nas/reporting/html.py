@@ -78,6 +78,13 @@ def render_report(result: StudyResult, config: StudyConfig) -> str:
         _best_table(result),
         f'<p class="soft">{escape(text.reading(result))}</p>',
     ]
+    if result.pareto_set:
+        sections += [
+            f"<h2>Pareto set of {escape(', '.join(result.pareto))}</h2>",
+            _pareto_table(result),
+            f'<p class="soft">{escape(text.pareto_reading(result))}</p>',
+            *(_pareto_scatter(result, name) for name in result.pareto[1:]),
+        ]
     if result.baselines:
         sections += ["<h2>Baselines: what simple rules choose</h2>", _baseline_table(result)]
     if result.rungs:
@@ -96,6 +103,7 @@ def render_report(result: StudyResult, config: StudyConfig) -> str:
         _anytime_chart(result),
         '<p class="soft">Each mark is a layout in the order of scoring, hollow where a baseline '
         "named it; the line is the best so far.</p>",
+        *_covered_chart(result),
         "<h2>Settings</h2>",
         f"<pre>{escape(dump(config))}</pre>",
     ]
@@ -155,6 +163,20 @@ def _best_table(result: StudyResult) -> str:
         for rank, trial in enumerate(shown, start=1)
     ]
     return _table(["#", *_columns(result), "proposed by"], rows, numbers=_numbers(result, [0]))
+
+
+def _pareto_table(result: StudyResult) -> str:
+    rows = [
+        [
+            _strip(result, trial.layout),
+            text.layers(trial.layout),
+            *map(text.figure, result.pareto, result.figures(trial.score)),
+            escape(text.proposers(result, trial.layout)),
+        ]
+        for trial in result.pareto_set
+    ]
+    numbers = set(range(2, 2 + len(result.pareto)))
+    return _table(["layout", "keeps", *result.pareto, "proposed by"], rows, numbers=numbers)
 
 
 def _baseline_table(result: StudyResult) -> str:
@@ -353,6 +375,67 @@ def _scatter(report: AuditReport, trust: Trust) -> str:
     # The study's best last, so that it is on top.
     marks += [mark(one) for one in sorted(shown, key=lambda one: one.layout == report.searched)]
     return _svg(width, height, marks, label=f"Score against distilled {trust.figure}")
+
+
+def _covered_chart(result: StudyResult) -> list[str]:
+    if not result.pareto_set:
+        return []
+    left, top, width, height = 70, 14, 700, 120
+    shares = result.anytime_hypervolume
+    path = f"M{left} {top + height}"
+    for number, share in enumerate(shares):
+        x = left + width * number / max(len(shares) - 1, 1)
+        path += f"H{x:.1f}V{top + height * (1 - share):.1f}"
+    marks = [
+        f'<line class="axis" x1="{left - 8}" x2="{left + width}" y1="{y}" y2="{y}"/>'
+        f'<text x="{left - 14}" y="{y + 4}" text-anchor="end">{share}</text>'
+        for y, share in ((top, "100 %"), (top + height, "0 %"))
+    ]
+    marks.append(f'<path class="best" d="{path}"/>')
+    note = "What the Pareto set covers of the range between best and worst figures, so far."
+    chart = _svg(800, height + 30, marks, label="Range covered after each layout")
+    return [chart, f'<p class="soft">{note}</p>']
+
+
+def _pareto_scatter(result: StudyResult, across: str) -> str:
+    """Every trial by the first figure of the Pareto set, upwards, and another one."""
+    width, height, left, top, bottom = 800, 300, 70, 14, 52
+    up, members = result.pareto[0], {trial.number for trial in result.pareto_set}
+    points = [(t, t.score.mean(across), t.score.mean(up)) for t in result.trials]
+    points = [p for p in points if math.isfinite(p[1]) and math.isfinite(p[2])]
+    xs, ys = [p[1] for p in points] or [0.0], [p[2] for p in points] or [0.0]
+
+    def share(value: float, values: list[float]) -> float:
+        return (value - min(values)) / ((max(values) - min(values)) or 1.0)
+
+    marks = []
+    for value in sorted({min(ys), max(ys)}):
+        at = top + (height - top - bottom) * (1 - share(value, ys))
+        marks.append(
+            f'<line class="axis" x1="{left - 8}" x2="{width - 10}" y1="{at:.1f}" y2="{at:.1f}"/>'
+            f'<text x="{left - 14}" y="{at + 4:.1f}" text-anchor="end">'
+            f"{text.figure(up, value)}</text>"
+        )
+    for value in sorted({min(xs), max(xs)}):
+        at = left + (width - left - 60) * share(value, xs)
+        marks.append(
+            f'<text x="{at:.1f}" y="{height - bottom + 26}" text-anchor="middle">'
+            f"{text.figure(across, value)}</text>"
+        )
+    marks.append(
+        f'<text x="{width / 2}" y="{height - 2}" text-anchor="middle">{escape(across)}, with '
+        f"{escape(up)} upwards; ringed: the Pareto set</text>"
+    )
+    for trial, x, y in points:
+        style = "best" if trial.number in members else "dot"
+        note = f"{text.layers(trial.layout)}: {across} {text.figure(across, x)}, "
+        note += f"{up} {text.figure(up, y)} ({trial.proposed_by})"
+        marks.append(
+            f'<circle class="{style}" cx="{left + (width - left - 60) * share(x, xs):.1f}" '
+            f'cy="{top + (height - top - bottom) * (1 - share(y, ys)):.1f}" r="4">'
+            f"<title>{escape(note)}</title></circle>"
+        )
+    return _svg(width, height, marks, label=f"{up} and {across} of each layout")
 
 
 def _svg(width: int, height: int, marks: Iterable[str], *, label: str) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mohawk_nas.audit import AuditReport
-from mohawk_nas.config import OBJECTIVES, StudyConfig
+from mohawk_nas.config import FIGURES, StudyConfig
 from mohawk_nas.distill.logits import LogitsResult
 from mohawk_nas.evaluate import Evaluation
 from mohawk_nas.layout import Layout
@@ -22,7 +22,11 @@ from mohawk_nas.plan import Plan
 from mohawk_nas.recall import RecallProbe
 from mohawk_nas.reporting.console import print_placement, print_result
 from mohawk_nas.reporting.progress import ConsoleReporter
-from mohawk_nas.reporting.text import OBJECTIVE_NOTES, audit_verdict
+from mohawk_nas.reporting.text import (
+    COST_NOTES,
+    OBJECTIVE_NOTES,
+    audit_verdict,
+)
 from mohawk_nas.search.result import Placement, StudyResult, compare_blocks
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import space_names
@@ -230,7 +234,7 @@ def show_names(what: str) -> None:
     elif what == "strategies":
         _names({name: _strategy_note(name) for name in strategy_names()})
     else:
-        _names({name: OBJECTIVE_NOTES[name] for name in OBJECTIVES})
+        _names({name: {**OBJECTIVE_NOTES, **COST_NOTES}[name] for name in FIGURES})
 
 
 def _names(notes: Mapping[str, str]) -> None:

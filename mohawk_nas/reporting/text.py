@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mohawk_nas.layout import Layout
-from mohawk_nas.search.result import Comparison, StudyResult
+from mohawk_nas.search.result import Comparison, Placement, StudyResult
 
 if TYPE_CHECKING:
     from mohawk_nas.audit import AuditReport, Trust
@@ -19,6 +19,12 @@ OBJECTIVE_NOTES: Mapping[str, str] = {
     "stage2_local": "relative distance of the replaced mixers' outputs on the teacher's inputs",
 }
 """What the figures of an objective are."""
+
+COST_NOTES: Mapping[str, str] = {
+    "attention_layers": "layers that keep attention; for search.pareto",
+    "cache": "bytes that a sequence of one block leaves in caches and states; for search.pareto",
+}
+"""What the other figures are that ``search.pareto`` may name."""
 
 TIED_MARK = "≈"
 MOST_TIES = 6
@@ -118,6 +124,41 @@ def reading(result: StudyResult) -> str:
     if result.top_rung:
         parts.append("All undistilled; the best is that of the highest rung.")
     return " ".join(parts)
+
+
+def pareto_reading(result: StudyResult) -> str:
+    """What the Pareto set is, and how much of what was found it covers."""
+    notes = {**OBJECTIVE_NOTES, **COST_NOTES}
+    parts = [
+        f"{len(result.pareto_set)} of {len(result.trials):,} scored layouts: no other is at least "
+        "as good in all of these figures and better in one; members may be tied within noise."
+    ]
+    # The others are explained where the layouts are ranked.
+    new = (name for name in result.pareto if name not in result.weights)
+    parts += [f"{name}: {notes[name].partition(';')[0]}." for name in new]
+    covered = result.anytime_hypervolume[-1]
+    parts.append(f"The set covers {covered:.0%} of the range between best and worst figures.")
+    return " ".join(parts)
+
+
+def figure(name: str, value: float) -> str:
+    """A figure as a table shows it."""
+    if name == "attention_layers":
+        return f"{value:.0f}"
+    if name == "cache":
+        return f"{value / 2**20:,.2f} MiB" if value >= 2**20 else f"{value / 2**10:,.2f} KiB"
+    return f"{value:.4f}"
+
+
+def placed_in_set(placement: Placement, result: StudyResult) -> str:
+    """How a layout stands to the Pareto set."""
+    names = ", ".join(result.pareto)
+    if placement.beaten_by:
+        symbols, some = result.space.symbols, placement.beaten_by[:MOST_TIES]
+        named = " | ".join(trial.layout.strip(symbols) for trial in some)
+        more = len(placement.beaten_by) - MOST_TIES
+        return f"Pareto set of {names}: beaten by {named}{f' and {more} more' if more > 0 else ''}"
+    return f"Pareto set of {names}: no layout of it is better, so this one belongs to it"
 
 
 def fit_reading(r_squared: float) -> str:

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from mohawk_nas.bank import Bank
 from mohawk_nas.capture import LayerCapture
-from mohawk_nas.config import OBJECTIVES
+from mohawk_nas.config import FIGURES
 from mohawk_nas.data import TokenBlocks
 from mohawk_nas.distill.hidden import relative_distance
 from mohawk_nas.fusion import fused_activations
-from mohawk_nas.layout import Layout
+from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.metrics import blocks_at_once, kl_of_hidden, kl_to, row_chunks
+from mohawk_nas.mixer import MixerConfig, mixer_config
 from mohawk_nas.precision import run_mixer
 from mohawk_nas.recall import RecallProbe
 from mohawk_nas.reporting import SILENT
@@ -54,7 +55,7 @@ class BankScorer:
         blocks: The search split.
         probe: Asked for objective ``recall``.
         pairs: Every (layer, candidate besides attention) that a layout may hold.
-        weights: Objective -> weight. Only the objectives named are computed.
+        weights: Figure -> weight. Only the figures named are computed.
         batch_size: Blocks at once; None takes what suits the device.
         kept_bytes: Memory for what is computed once and kept, of the ``teacher`` and of
             ``students``; None takes a share of what there is. No score depends on it.
@@ -99,8 +100,12 @@ class BankScorer:
             columns |= self._score_assembled(layout)
         if "recall" in self.weights:
             columns["recall"] = self._recall_lost(layout)
+        if "attention_layers" in self.weights:
+            columns["attention_layers"] = self._constant(len(layout.attention_layers))
+        if "cache" in self.weights:
+            columns["cache"] = self._constant(self._cache_bytes(layout))
         return Score(
-            per_block={n: tuple(columns[n].tolist()) for n in OBJECTIVES if n in self.weights},
+            per_block={n: tuple(columns[n].tolist()) for n in FIGURES if n in self.weights},
             tokens=self.blocks.tokens.numel(),
             seconds=time.perf_counter() - began,
         )
@@ -137,6 +142,27 @@ class BankScorer:
                 shares.append(self.probe.right(model, hidden, tokens))
         right: Tensor = torch.cat(shares).unflatten(0, (-1, len(self.blocks))).mean(0)
         return 1 - right / self.probe.teacher_recall
+
+    def _constant(self, cost: int) -> Tensor:
+        # A cost is the same in every block; float32 would round large ones.
+        return torch.full((len(self.blocks),), float(cost), dtype=torch.float64)
+
+    def _cache_bytes(self, layout: Layout) -> int:
+        """Bytes of keys, values and states that one sequence of a block's length leaves."""
+        candidates = {ATTENTION: self._attention, **self.bank.candidates}
+        return sum(
+            candidates[name].state_bytes(
+                view,
+                batch=1,
+                context=self.blocks.tokens.shape[1],
+                bytes_per_element=self.teacher.model.dtype.itemsize,
+            )
+            for view, name in zip(self.teacher.views, layout.candidates, strict=True)
+        )
+
+    @cached_property
+    def _attention(self) -> MixerConfig:
+        return mixer_config({"mixer": ATTENTION})
 
     @cached_property
     def _runner(self) -> HybridRunner:

@@ -101,6 +101,7 @@ def study_result(
         space=space,
         budget=budget,
         weights=dict(config.search.objective),
+        pareto=tuple(config.search.pareto),
         trials=tuple(ledger.trials),
         probes=tuple(ledger.probes),
         baselines={label: Layout(tuple(names)) for label, names in baselines.items()},
@@ -126,7 +127,7 @@ def study_rungs(config: StudyConfig, ledger: Ledger, recipe: Mapping[str, Any]) 
 
 def is_solved(config: SearchConfig) -> bool:
     """Whether the optimum is computed instead of searched."""
-    return set(config.objective) == {"stage2_local"}
+    return set(config.objective) == {"stage2_local"} and not config.pareto
 
 
 def _settings(config: StudyConfig, space: SearchSpace) -> dict[str, Any]:
@@ -137,6 +138,8 @@ def _settings(config: StudyConfig, space: SearchSpace) -> dict[str, Any]:
     keys += [f"search.{key}" for key in ("strategy", "objective", "baselines")]
     keys += [f"search.{key}" for key in ("tokens", "evaluation")]
     return {key: flat[key] for key in keys} | {
+        # Studies from before it could be set hold none.
+        "search.pareto": flat["search.pareto"] or None,
         "space.candidates": list(space.candidates),
         "space.pinned": {str(layer): name for layer, name in sorted(space.pinned.items())},
         "number of layers": space.num_layers,

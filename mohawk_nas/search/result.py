@@ -19,6 +19,7 @@ import numpy as np
 
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.pareto import dominates, hypervolumes, pareto_ranks
 from mohawk_nas.search.rungs import Rung
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import SearchSpace
@@ -126,6 +127,8 @@ class Placement:
     versus_best: Comparison
     trial: Trial | None
     """The trial that scored this layout, if one did."""
+    beaten_by: tuple[Trial, ...] = ()
+    """Of the Pareto set: those at least as good in every figure and better in one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,8 @@ class StudyResult:
     """Who was distilled, the lowest rung first; the last one may be incomplete."""
     learnt: Mapping[str, LearningCost] = field(default_factory=dict)
     """Selector -> what its learning cost, for those that learnt."""
+    pareto: tuple[str, ...] = ()
+    """Figures whose Pareto set is a result too; empty if there is one objective."""
 
     @cached_property
     def ranking(self) -> tuple[Trial, ...]:
@@ -198,6 +203,20 @@ class StudyResult:
         return tuple(t for t in self.ranking[1:] if self.versus_best(t).tied)
 
     @cached_property
+    def pareto_set(self) -> tuple[Trial, ...]:
+        """Trials that no other dominates in the figures of ``pareto``, by the first of these.
+
+        A trial dominates another if its figures, means over the blocks, are all at least as good
+        and one is better; whether by more than noise is not asked, so members may be tied. Two with
+        equal figures are both in, one with a figure that is not finite never is.
+        """
+        rows = [(trial, self.figures(trial.score)) for trial in self.trials] if self.pareto else []
+        finite = [(trial, row) for trial, row in rows if all(map(math.isfinite, row))]
+        ranks = pareto_ranks([row for _, row in finite])
+        members = [pair for pair, rank in zip(finite, ranks, strict=True) if rank == 0]
+        return tuple(t for t, _ in sorted(members, key=lambda pair: (pair[1], pair[0].number)))
+
+    @cached_property
     def probe_costs(self) -> dict[str, ProbeCost]:
         """Selector -> what its probes cost, for selectors that made any."""
         costs = {}
@@ -227,6 +246,16 @@ class StudyResult:
         """A trial against the best one, both undistilled."""
         return compare(trial.score, self.best.score, self.weights)
 
+    def figures(self, score: Score) -> tuple[float, ...]:
+        """A score's figures that ``pareto`` names, in its order."""
+        return tuple(score.mean(name) for name in self.pareto)
+
+    @cached_property
+    def anytime_hypervolume(self) -> list[float]:
+        """The share of the range of figures that 1, 2, ... distinct layouts cover, see
+        :func:`mohawk_nas.search.pareto.hypervolumes`."""
+        return hypervolumes([self.figures(trial.score) for trial in self.trials])
+
     def anytime(self) -> list[float]:
         """The lowest value after 1, 2, ... distinct layouts, in the order of scoring."""
         values: list[float] = []
@@ -243,6 +272,11 @@ class StudyResult:
             num_trials=len(others) + 1,
             versus_best=compare(score, self.best.score, self.weights),
             trial=self.by_layout.get(layout),
+            beaten_by=tuple(
+                trial
+                for trial in self.pareto_set
+                if dominates(self.figures(trial.score), self.figures(score))
+            ),
         )
 
 

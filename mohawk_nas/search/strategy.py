@@ -80,6 +80,9 @@ class SearchContext:
     what had to be scored is kept apart from the trials and charged to the strategy."""
     stage2_losses: Callable[[], Mapping[tuple[int, str], float]]
     """(layer, candidate) -> relative stage-2 distance on the search split."""
+    figures: Sequence[tuple[float, ...]] = ()
+    """Of each finished layout the figures that ``search.pareto`` names; lower is better. Empty in a
+    study of one objective."""
     prepare: Callable[[Sequence[Layout]], None] = lambda layouts: None
     """Says which layouts will be probed next, whatever they score, so that several workers can
     share them. Probes may come without it; they are then scored one after the other."""

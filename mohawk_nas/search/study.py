@@ -438,6 +438,7 @@ class _Study:
             budget=self._budget,
             weights=self._config.search.objective,
             finished=[(trial.layout, trial.value) for trial in ledger.trials],
+            figures=self._figures(),
             pending=list(ledger.pending),
             seed=self._seed(),
             probe=probe,
@@ -461,6 +462,11 @@ class _Study:
             self._wait(task)
         notes = self._ledger.notes()
         return [Learnt.from_dict(notes[key]).worth for key in keys]
+
+    def _figures(self) -> list[tuple[float, ...]]:
+        names = self._config.search.pareto
+        scores = (trial.score for trial in self._ledger.trials) if names else ()
+        return [tuple(map(score.mean, names)) for score in scores]
 
     def _score_free(self, proposals: Sequence[Proposal], task: Task) -> bool:
         """Score layouts that have no trial and that nobody is scoring; are some left to others?"""

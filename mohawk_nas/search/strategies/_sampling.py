@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.search.pareto import pareto_ranks
 from mohawk_nas.search.space import SearchSpace
 from mohawk_nas.search.strategy import Proposal, SearchContext, Strategy, random_unseen
 
@@ -39,13 +40,16 @@ class OptunaSampler(Strategy):
 
     needs_all: ClassVar[bool] = False
     """Whether each known trial must have every parameter, also one that its layout does not use."""
+    ties_by_chance: ClassVar[bool] = False
+    """Whether chance decides between layers that the sampled parameters hold equal, where the lower
+    layer would come first: for samplers that make parameters out of those of known layouts."""
 
     @abstractmethod
     def sampler(self, seed: int) -> BaseSampler:
         """A fresh sampler."""
 
     def propose(self, context: SearchContext) -> Proposal | None:
-        space, known = context.space, dict(context.finished)
+        space, known = context.space, self._aims(context)
         if len(context.seen) >= context.budget.count(space):
             return None
         if len(context.seen) >= NUM_STARTUP:
@@ -54,9 +58,12 @@ class OptunaSampler(Strategy):
             encoding = _ENCODINGS[self.encoding](context)
             distributions = _distributions(encoding, space)
             study = self._scratch_study(context, encoding, distributions)
+            chance = random.Random(context.seed)
             for _ in range(NUM_TRIES):
                 trial = study.ask(distributions)
                 worth = encoding.worth(trial.params)
+                if self.ties_by_chance:
+                    worth = {layer: w + 1e-9 * chance.random() for layer, w in worth.items()}
                 layout = _decode(worth, trial.params, context)
                 near = _nearest_unseen(layout, worth, trial.params, space=space, seen=context.seen)
                 if near is not None:
@@ -76,9 +83,11 @@ class OptunaSampler(Strategy):
         import optuna
         from optuna.trial import TrialState, create_trial
 
-        study = optuna.create_study(sampler=self.sampler(context.seed))
-        space = context.space
-        for layout, value in [*context.finished, *((layout, None) for layout in context.pending)]:
+        count = len(context.figures[0]) if context.figures else 1
+        sampler = self.sampler(context.seed)
+        study = optuna.create_study(directions=["minimize"] * count, sampler=sampler)
+        space, aims = context.space, self._aims(context)
+        for layout, values in [*aims.items(), *((layout, None) for layout in context.pending)]:
             params = encoding.params(layout)
             for layer in space.free_layers if len(space.replacements) > 1 else ():
                 if layout[layer] != ATTENTION:
@@ -86,11 +95,17 @@ class OptunaSampler(Strategy):
                 elif self.needs_all:
                     params[_replacement(layer)] = space.replacements[0]
             present = {name: distributions[name] for name in params}
-            state = TrialState.RUNNING if value is None else TrialState.COMPLETE
+            state = TrialState.RUNNING if values is None else TrialState.COMPLETE
             study.add_trial(
-                create_trial(state=state, value=value, params=params, distributions=present)
+                create_trial(state=state, values=values, params=params, distributions=present)
             )
         return study
+
+    def _aims(self, context: SearchContext) -> dict[Layout, list[float]]:
+        """What the sampler is to make small: the figures of a Pareto set, or the value."""
+        rows = context.figures or [(value,) for _, value in context.finished]
+        layouts = (layout for layout, _ in context.finished)
+        return dict(zip(layouts, map(list, rows), strict=True))
 
 
 class _Encoding(ABC):
@@ -159,7 +174,11 @@ class _Slots(_Encoding):
 class _Bits(_Encoding):
     def __init__(self, context: SearchContext) -> None:
         super().__init__(context)
-        ranked = [layout for layout, _ in sorted(context.finished, key=lambda pair: pair[1])]
+        values = [value for _, value in context.finished]
+        # Of several figures, layouts that fewer others beat; the objective decides between equals.
+        ranks = pareto_ranks(context.figures) if context.figures else [0] * len(values)
+        order = sorted(range(len(values)), key=lambda i: (ranks[i], values[i]))
+        ranked = [context.finished[i][0] for i in order]
         best = ranked[: max(1, len(ranked) // 4)]
         self._share = {
             layer: sum(layout[layer] == ATTENTION for layout in best) / (len(best) + 1)

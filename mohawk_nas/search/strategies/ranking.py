@@ -41,10 +41,11 @@ class Ranking(Selector):
                 "search.evaluation: must be bank, whose records tell the stage-1 losses, but is "
                 f"{config.search.evaluation}"
             )
-        if self.score == "recall_drop" and "recall" not in config.search.objective:
+        if self.score == "recall_drop" and "recall" not in config.search.weights:
             found.append(
-                "search.objective: must score recall, with any weight, but names only "
-                f"{', '.join(config.search.objective)}; add recall or leave this out"
+                "search.objective: must score recall, with any weight, or search.pareto name it, "
+                f"but only {', '.join(config.search.weights)} is scored; add recall or leave this "
+                "out"
             )
         return found
 
