@@ -9,6 +9,7 @@ been spent so far. Layers of one shape cost the same, which keeps these sums few
 from __future__ import annotations
 
 import decimal
+import hashlib
 import itertools
 import math
 import random
@@ -78,6 +79,16 @@ class DecodeTimes:
     rest: int
     """Nanoseconds of everything else."""
 
+    def of(self, layout: Layout) -> int:
+        """Nanoseconds of a student: the sum over its layers, and the rest."""
+        return self.rest + sum(self.layers[pair] for pair in enumerate(layout.candidates))
+
+    @property
+    def digest(self) -> str:
+        """Short hash of all figures."""
+        text = f"{self.rest} {sorted(self.layers.items())}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
@@ -114,8 +125,11 @@ class Budget:
         """Why no layout of the space meets the budget; empty if one does."""
         if problems := self._miscounted(space):
             return problems
-        if self.counts_only or self.count(space):
-            return []
+        try:
+            if self.counts_only or self.count(space):
+                return []
+        except ConfigError as e:
+            return e.problems
         limits = self.linear(space)
         given = " within the other limits" if len(limits) > 1 else ""
         ways = []
@@ -472,10 +486,9 @@ def _nearest(space: SearchSpace, limit: Limit, others: Sequence[Limit]) -> float
         found = _cheapest(space, others, limit.costs)
         return None if found is None else limit.cost(found)
     possible = []
-    for sign in (1, -1):
-        # At least what is wanted, or at most.
-        side = replace(limit, **{"least" if sign > 0 else "most": limit.most})
-        side = replace(side, **{"most" if sign > 0 else "least": sign * math.inf})
+    above = replace(limit, least=limit.most, most=math.inf)
+    below = replace(limit, least=-math.inf, most=limit.most)
+    for sign, side in ((1, above), (-1, below)):
         costs = {pair: sign * cost for pair, cost in limit.costs.items()}
         if (found := _cheapest(space, [*others, side], costs)) is not None:
             possible.append(limit.cost(found))
@@ -515,7 +528,7 @@ def make_budget(
         limits.append(
             Limit(
                 costs=costs,
-                most=math.floor(config.cache.mib * 2**20),
+                most=config.cache.mib * 2**20,
                 name="budget.cache.mib",
                 unit="MiB",
                 per_unit=2**20,
@@ -528,7 +541,7 @@ def make_budget(
             Limit(
                 costs=decode.layers,
                 rest=decode.rest,
-                most=math.floor(config.decode.milliseconds * 1e6),
+                most=config.decode.milliseconds * 1e6,
                 name="budget.decode.milliseconds",
                 unit="ms",
                 per_unit=10**6,
