@@ -541,7 +541,7 @@ def make_budget(
             Limit(
                 costs=decode.layers,
                 rest=decode.rest,
-                most=config.decode.milliseconds * 1e6,
+                most=round(config.decode.milliseconds * 1e6),
                 name="budget.decode.milliseconds",
                 unit="ms",
                 per_unit=10**6,

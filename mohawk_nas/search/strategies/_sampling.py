@@ -148,10 +148,10 @@ class _Slots(_Encoding):
 
     def params(self, layout: Layout) -> dict[str, Any]:
         places = [i for i, layer in enumerate(self.free) if layout[layer] == ATTENTION]
-        # A layout that keeps fewer is as if it could keep no more than the last layers.
-        missing = self.num_kept - len(places)
-        slots = [place - i for i, place in enumerate(places)]
-        slots += [len(self.free) - self.num_kept] * missing
+        # A layout that keeps fewer than K stands for one that keeps the last layers besides.
+        last = len(self.free) - self.num_kept
+        slots = [min(place - i, last) for i, place in enumerate(places)]
+        slots += [last] * (self.num_kept - len(places))
         return {_slot(i): slot for i, slot in enumerate(slots)}
 
     def worth(self, params: Mapping[str, Any]) -> dict[int, float]:
