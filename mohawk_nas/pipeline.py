@@ -49,6 +49,7 @@ from mohawk_nas.search.budget import Budget, DecodeTimes, make_budget
 from mohawk_nas.search.decode import (
     Step,
     UntrainedMixers,
+    agreed_times,
     measure_layers,
     measure_step,
     read_times,
@@ -127,10 +128,18 @@ class Workbench:
         }
         if record.is_file() and (times := read_times(record, asked)) is not None:
             return times
-        self.reporter.say(
-            f"measuring a decode step at context {step.context:,} and batch {step.batch}"
-        )
-        times = measure_layers(self.teacher, self.space, step)
+
+        def measure() -> DecodeTimes:
+            self.reporter.say(
+                f"measuring a decode step at context {step.context:,} and batch {step.batch}"
+            )
+            return measure_layers(self.teacher, self.space, step)
+
+        if (url := self.config.search.storage) is None:
+            times = measure()
+        else:
+            # Other hosts may be at this study, and a layout must be on the budget of all or none.
+            times = agreed_times(url, self.config.name, asked, measure)
         write_times(record, asked, times)
         return times
 

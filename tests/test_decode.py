@@ -21,6 +21,7 @@ from mohawk_nas.search.budget import DecodeTimes
 from mohawk_nas.search.decode import (
     Step,
     UntrainedMixers,
+    agreed_times,
     fill_cache,
     measure_layers,
     measure_step,
@@ -154,6 +155,22 @@ def test_times_are_kept_for_what_they_were_measured_for(tmp_path):
         read_times(path, asked)
 
 
+def test_hosts_agree_on_the_times_that_were_stored_first(tmp_path):
+    url = f"journal:{tmp_path}/study.journal"
+    asked = {"context": 8, "batch": 2}
+    mine, other = (DecodeTimes(layers={(0, ATTENTION): n}, rest=n) for n in (3, 4))
+
+    def slow_host():
+        # While it measures, another is faster.
+        assert agreed_times(url, "x", asked, lambda: other) == other
+        return mine
+
+    assert agreed_times(url, "x", asked, slow_host) == other
+    assert agreed_times(url, "x", asked, lambda: mine) == other
+    assert agreed_times(url, "x", asked | {"batch": 3}, lambda: mine) == mine
+    assert agreed_times(url, "another", asked, lambda: mine) == mine
+
+
 BUDGET = {
     "attention_layers": {"at_most": 3},
     "cache": {"mib": 1.0, "context": 40, "batch": 2},
@@ -204,3 +221,17 @@ def test_what_was_measured_may_make_a_budget_impossible_before_anything_is_train
     possible = make_study(tmp_path, "search.trials=1", "search.baselines=[]", budget=BUDGET)
     pipeline.search(possible)
     assert (config.run_dir / "decode.json").read_bytes() == before
+
+
+def test_two_hosts_and_two_workers_share_a_study(tmp_path):
+    options = ["search.trials=3", "search.baselines=[first]", "bank.hidden.tokens=64"]
+    options.append(f"search.storage=journal:{tmp_path}/shared.journal")
+    here = make_study(tmp_path, *options, budget=BUDGET)
+    there = make_study(
+        tmp_path, *options, f"output={tmp_path}/there", "search.trials=5", budget=BUDGET
+    )
+    pipeline.search(here)
+    result, _ = pipeline.search(there, workers=2)
+    assert len(result.trials) == 5
+    records = [config.run_dir / "decode.json" for config in (here, there)]
+    assert records[0].read_bytes() == records[1].read_bytes()

@@ -13,11 +13,12 @@ without padding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -30,12 +31,14 @@ from mohawk_nas.mixer import AttentionView, Mixer, MixerState, build_mixer
 from mohawk_nas.precision import run_mixer
 from mohawk_nas.search.budget import DecodeTimes
 from mohawk_nas.search.space import SearchSpace
+from mohawk_nas.search.storages import opened
 from mohawk_nas.student import MixerSlot, MixerSource, Padding, assemble
 from mohawk_nas.teacher import Slot, Teacher
 
 __all__ = [
     "Step",
     "UntrainedMixers",
+    "agreed_times",
     "fill_cache",
     "measure_layers",
     "measure_step",
@@ -126,11 +129,7 @@ def write_times(path: Path, asked: Mapping[str, Any], times: DecodeTimes) -> Non
         asked: What it was measured for.
         times: What was found.
     """
-    layers = [
-        {"layer": layer, "candidate": name, "nanoseconds": cost}
-        for (layer, name), cost in sorted(times.layers.items())
-    ]
-    write_json(path, {"measured for": dict(asked), "rest": times.rest, "layers": layers})
+    write_json(path, {"measured for": dict(asked), **_plain(times)})
 
 
 def read_times(path: Path, asked: Mapping[str, Any]) -> DecodeTimes | None:
@@ -141,15 +140,63 @@ def read_times(path: Path, asked: Mapping[str, Any]) -> DecodeTimes | None:
     """
     try:
         kept = read_json(path)
-        if kept["measured for"] != asked:
-            return None
-        layers = {(e["layer"], e["candidate"]): int(e["nanoseconds"]) for e in kept["layers"]}
-        return DecodeTimes(layers=layers, rest=int(kept["rest"]))
+        return _times(kept) if kept["measured for"] == asked else None
     except (DamagedFile, KeyError, TypeError, ValueError) as e:
         raise RunError(
             f"{path}: must hold the decode times that the study was begun with, but is damaged "
             f"({type(e).__name__}); use --force to set the run aside and start anew"
         ) from e
+
+
+def agreed_times(
+    url: str, study: str, asked: Mapping[str, Any], measure: Callable[[], DecodeTimes]
+) -> DecodeTimes:
+    """Times that are the same for all hosts of a study: those that were stored first.
+
+    They stand in a study of their own called ``NAME.decode``, each measurement as a trial; trials
+    are numbered in one order for all.
+
+    Args:
+        url: The study's storage.
+        study: Its name.
+        asked: What is measured.
+        measure: Called if nobody has.
+
+    Raises:
+        TrainingError: The storage cannot be used, or as ``measure``.
+    """
+
+    def stored() -> DecodeTimes | None:
+        with opened(url, lock=True) as storage:
+            kept = optuna.create_study(
+                study_name=f"{study}.decode", storage=storage, load_if_exists=True
+            )
+            for trial in sorted(kept.get_trials(deepcopy=False), key=lambda trial: trial.number):
+                if trial.user_attrs.get("measured for") == dict(asked):
+                    return _times(trial.user_attrs)
+        return None
+
+    if (found := stored()) is None:
+        attrs = {"measured for": dict(asked), **_plain(measure())}
+        with opened(url, lock=True) as storage:
+            kept = optuna.load_study(study_name=f"{study}.decode", storage=storage)
+            kept.add_trial(optuna.trial.create_trial(value=0.0, user_attrs=attrs))
+        found = stored()
+    assert found is not None
+    return found
+
+
+def _plain(times: DecodeTimes) -> dict[str, Any]:
+    layers = [
+        {"layer": layer, "candidate": name, "nanoseconds": cost}
+        for (layer, name), cost in sorted(times.layers.items())
+    ]
+    return {"rest": times.rest, "layers": layers}
+
+
+def _times(plain: Mapping[str, Any]) -> DecodeTimes:
+    layers = {(e["layer"], e["candidate"]): int(e["nanoseconds"]) for e in plain["layers"]}
+    return DecodeTimes(layers=layers, rest=int(plain["rest"]))
 
 
 @torch.no_grad()
