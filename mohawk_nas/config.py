@@ -25,7 +25,9 @@ from mohawk_nas.layout import ATTENTION
 __all__ = [
     "BankConfig",
     "BudgetConfig",
+    "CacheBudgetConfig",
     "DataConfig",
+    "DecodeBudgetConfig",
     "DistillConfig",
     "LogitsConfig",
     "MatrixConfig",
@@ -49,6 +51,9 @@ OBJECTIVES = ("stage2_local", "stage2_cascade", "kl", "recall")
 COSTS = ("attention_layers", "cache")
 FIGURES = (*OBJECTIVES, *COSTS)
 """What a layout can be scored by; costs follow from the layout alone."""
+
+_OTHERWISE = {"budget.attention_layers": ", or budget.cache, or budget.decode"}
+"""What may be given instead of a setting."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +166,43 @@ class SpaceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetConfig:
-    """What every layout must meet."""
+class CacheBudgetConfig:
+    """Memory that a student may keep between tokens: KV caches and states of all layers."""
 
-    attention_layers: int = MISSING
-    """Layers that keep attention, exactly."""
+    mib: float | None = None
+    """MiB, at most; null sets no limit."""
+    context: int | None = None
+    """Tokens a sequence for which it is counted; must be given with ``mib``."""
+    batch: int = 1
+    """Sequences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeBudgetConfig:
+    """Time that a student may take for one more token of every sequence of the batch.
+
+    Each kind of layer, and the rest of the model, is measured on this machine when the search
+    begins; a layout's time is their sum. The best layout is measured as a whole in the end.
+    """
+
+    milliseconds: float | None = None
+    """Of the whole model, at most; null sets no limit."""
+    context: int | None = None
+    """Tokens already in each sequence's cache; must be given with ``milliseconds``."""
+    batch: int = 1
+    """Sequences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """What every layout must meet: every limit that is given; one must be."""
+
+    attention_layers: Any | None = None
+    """Layers that keep attention, exactly; ``{at_most: K}`` also allows fewer."""
+    cache: CacheBudgetConfig = field(default_factory=CacheBudgetConfig)
+    """Memory of caches and states."""
+    decode: DecodeBudgetConfig = field(default_factory=DecodeBudgetConfig)
+    """Time of a decode step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,13 +406,15 @@ def study_from_dict(
     missing = sorted(OmegaConf.missing_keys(config))
     for name in missing:
         # A stand-in of the right type, so that the checks below can still run.
-        OmegaConf.update(
-            config, name, {"data.source": ["-"], "budget.attention_layers": 1}.get(name, "-")
-        )
+        OmegaConf.update(config, name, {"data.source": ["-"]}.get(name, "-"))
     study = OmegaConf.to_object(config)
     assert isinstance(study, StudyConfig)
+    if study.budget == BudgetConfig() and not any(p.startswith("budget.") for p in problems):
+        # Each of its limits may be left out, but not all.
+        missing.insert(0, "budget.attention_layers")
     # Nothing is reported twice: what is wrong in itself is neither missing nor checked again.
-    for found in ([f"{name}: must be given" for name in missing], _check(study)):
+    told = [f"{name}: must be given{_OTHERWISE.get(name, '')}" for name in missing]
+    for found in (told, _check(study)):
         broken = [problem.split(":")[0] for problem in problems]
         problems += [p for p in found if not any(_overlap(p.split(":")[0], b) for b in broken)]
     if problems:
@@ -657,10 +696,7 @@ def _check(study: StudyConfig) -> list[str]:
             tokens >= data.block_size,
             f"{name}: must hold at least one block of {data.block_size} tokens, but got {tokens}",
         )
-    need(
-        study.budget.attention_layers >= 0,
-        f"budget.attention_layers: must be at least 0, but got {study.budget.attention_layers}",
-    )
+    problems += _check_budget(study.budget)
     need(search.trials >= 1, f"search.trials: must be at least 1, but got {search.trials}")
     need(
         search.batch_size is None or search.batch_size >= 1,
@@ -785,4 +821,35 @@ def _check(study: StudyConfig) -> list[str]:
         ("checkpoint_steps", logits.checkpoint_steps),
     ):
         need(count >= 1, f"distill.logits.{name}: must be at least 1, but got {count}")
+    return problems
+
+
+def _check_budget(budget: BudgetConfig) -> list[str]:
+    problems = []
+    name, layers = "budget.attention_layers", budget.attention_layers
+    if isinstance(layers, Mapping) and set(layers) == {"at_most"}:
+        name, layers = f"{name}.at_most", layers["at_most"]
+    if layers is not None and type(layers) is not int:
+        problems.append(
+            f"{name}: must be a number, or {{at_most: NUMBER}} where fewer will do as well, but "
+            f"got {layers!r}"
+        )
+    elif layers is not None and layers < 0:
+        problems.append(f"{name}: must be at least 0, but got {layers}")
+    for section, limit, most in (
+        ("cache", "mib", budget.cache.mib),
+        ("decode", "milliseconds", budget.decode.milliseconds),
+    ):
+        chosen: CacheBudgetConfig | DecodeBudgetConfig = getattr(budget, section)
+        where, context, batch = f"budget.{section}", chosen.context, chosen.batch
+        if most is None and chosen != type(chosen)():
+            problems.append(f"{where}.{limit}: must be given, since {where} says what it is for")
+        if most is not None and not 0 < most < math.inf:
+            problems.append(f"{where}.{limit}: must be above 0, but got {most}")
+        if most is not None and context is None:
+            problems.append(f"{where}.context: must be given with {where}.{limit}")
+        if context is not None and context < 1:
+            problems.append(f"{where}.context: must be at least 1, but got {context}")
+        if batch < 1:
+            problems.append(f"{where}.batch: must be at least 1, but got {batch}")
     return problems

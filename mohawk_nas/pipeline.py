@@ -1,9 +1,10 @@
 """What the commands do, as functions: each takes a study and leaves its results in a folder.
 
 A run's folder holds ``config.yaml`` (the resolved study), ``provenance.json``, ``study.db`` (or
-``study.journal``, if several workers share the study), ``best.yaml`` and ``report.html``;
-``distill/`` and ``export/`` follow. With ``search.pareto`` each layout of the set has a folder in
-``pareto/`` that holds its ``best.yaml`` and is then used like the run's own.
+``study.journal``, if several workers share the study), ``best.yaml`` and ``report.html``, and
+``decode.json`` if the budget limits the time of a decode step; ``distill/`` and ``export/`` follow.
+With ``search.pareto`` each layout of the set has a folder in ``pareto/`` that holds its
+``best.yaml`` and is then used like the run's own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mohawk_nas.data import BlockOrder, TokenBlocks, load_blocks
 from mohawk_nas.distill.logits import LogitsResult, distill_logits
 from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.distill.trainer import num_steps
-from mohawk_nas.errors import ConfigError, LayoutError, RunError, TeacherError
+from mohawk_nas.errors import ConfigError, LayoutError, RunError, TeacherError, TrainingError
 from mohawk_nas.export.hf import describe_candidates, save_hybrid
 from mohawk_nas.files import DamagedFile, atomic_folder, atomic_write, write_json
 from mohawk_nas.layout import ATTENTION, Layout
@@ -38,6 +39,7 @@ from mohawk_nas.ranks import first_is_ready, my_share, num_ranks, wait_for_all
 from mohawk_nas.registry import load_plugin
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.runs import (
+    DECODE_TIMES,
     DISTILL_RECORD,
     check_distill_dir,
     check_identity,
@@ -48,7 +50,16 @@ from mohawk_nas.runs import (
     provenance,
     set_aside,
 )
-from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.budget import Budget, DecodeTimes, make_budget
+from mohawk_nas.search.decode import (
+    Step,
+    UntrainedMixers,
+    agreed_times,
+    measure_layers,
+    measure_step,
+    read_times,
+    write_times,
+)
 from mohawk_nas.search.gates import learn_gates
 from mohawk_nas.search.leases import Worker
 from mohawk_nas.search.objectives import BankScorer, PerTrialScorer
@@ -59,7 +70,7 @@ from mohawk_nas.search.space import SearchSpace, load_space
 from mohawk_nas.search.storages import locate_study
 from mohawk_nas.search.study import check_needs, load_result, run_study
 from mohawk_nas.search.workers import environments, run_crew
-from mohawk_nas.student import assemble
+from mohawk_nas.student import MixerSource, assemble
 from mohawk_nas.teacher import Teacher, load_teacher
 
 __all__ = [
@@ -101,7 +112,52 @@ class Workbench:
 
     @cached_property
     def budget(self) -> Budget:
-        return Budget(attention_layers=self.config.budget.attention_layers)
+        return make_budget(
+            self.config.budget,
+            self.space,
+            self.teacher.views,
+            bytes_per_element=self.teacher.model.dtype.itemsize,
+            decode=self.decode_times,
+        )
+
+    @cached_property
+    def decode_times(self) -> DecodeTimes | None:
+        """What was measured for this study, now or in an earlier run; None without such a limit."""
+        if (step := self.decode_step) is None:
+            return None
+        record = self.config.run_dir / DECODE_TIMES
+        asked = {
+            "teacher": self.teacher.fingerprint,
+            "type": str(self.teacher.model.dtype),
+            "candidates": str(describe_candidates(self.space.candidates)),
+            "pinned": {str(i): name for i, name in sorted(self.space.pinned.items())},
+            **dataclasses.asdict(step),
+        }
+        if record.is_file() and (times := read_times(record, asked)) is not None:
+            return times
+
+        def measure() -> DecodeTimes:
+            self.reporter.say(
+                f"measuring a decode step at context {step.context:,} and batch {step.batch}"
+            )
+            return measure_layers(self.teacher, self.space, step)
+
+        if (url := self.config.search.storage) is None:
+            times = measure()
+        else:
+            # Other hosts may be at this study, and a layout must be on the budget of all or none.
+            times = agreed_times(url, self.config.name, asked, measure)
+        write_times(record, asked, times)
+        return times
+
+    @property
+    def decode_step(self) -> Step | None:
+        """What ``budget.decode`` limits; None without such a limit."""
+        decode = self.config.budget.decode
+        if decode.milliseconds is None:
+            return None
+        assert decode.context is not None
+        return Step(context=decode.context, batch=decode.batch)
 
     @cached_property
     def blocks(self) -> dict[str, TokenBlocks]:
@@ -140,6 +196,13 @@ class Workbench:
             "text of the validation split": self.blocks["validation"].fingerprint,
             "mixers or their training": hashlib.sha256("".join(keys).encode()).hexdigest()[:32],
         }
+
+    @cached_property
+    def study_identity(self) -> dict[str, Any]:
+        """:attr:`identity`, and what decides besides which layouts are on the budget."""
+        if (times := self.decode_times) is None:
+            return self.identity
+        return self.identity | {"measurement of decode times": times.digest}
 
     def probe(self, split: recall.Split) -> recall.RecallProbe | None:
         """The split's recall probe, None if the teacher solves none."""
@@ -202,7 +265,7 @@ class Workbench:
     def release(self) -> None:
         """Let go of what is large; it is loaded again if it is used again."""
         # The identity stays: it says which teacher this is.
-        _ = self.identity, self.space
+        _ = self.study_identity, self.space, self.budget
         for name in ("teacher", "blocks", "bank"):
             self.__dict__.pop(name, None)
         gc.collect()
@@ -341,7 +404,10 @@ def search(
 
 def _search(bench: Workbench, *, workers: int) -> tuple[StudyResult, Path]:
     config, reporter = bench.config, bench.reporter
-    claim_identity(config.run_dir, bench.identity)
+    claim_identity(config.run_dir, bench.study_identity)
+    # With what was measured the budget may be impossible; told before the bank is trained.
+    if problems := bench.budget.problems(bench.space):
+        raise ConfigError(problems)
     # What this teacher cannot be scored by is told before the bank is trained.
     study = bench.study
     _train_bank(bench)
@@ -360,13 +426,44 @@ def _search(bench: Workbench, *, workers: int) -> tuple[StudyResult, Path]:
             target=_score_as_worker,
             arguments=(shared,),
             environments=environments(workers, config.teacher.device),
-            identity=bench.identity,
+            identity=bench.study_identity,
             reporter=reporter,
         )
     path = config.run_dir / "best.yaml"
-    _write_best(path, bench, result, result.best)
+    of_best = {
+        **({"rungs": _rung_figures(result)} if result.rungs else {}),
+        "tied_with": [trial.layout.strip(bench.space.symbols) for trial in result.ties],
+        **_check_decode(bench, result),
+    }
+    _write_best(path, bench, result, result.best, of_best)
     _write_pareto_set(config.run_dir / "pareto", bench, result)
     return result, path
+
+
+def _check_decode(bench: Workbench, result: StudyResult) -> dict[str, Any]:
+    """Measure a decode step of the best layout as a whole, beside the sum over its layers."""
+    times, step, layout = bench.decode_times, bench.decode_step, result.best.layout
+    if times is None or step is None:
+        return {}
+    summed = times.of(layout) / 1e6
+    found: dict[str, Any] = {"summed_ms": summed, "context": step.context, "batch": step.batch}
+    try:
+        bank: MixerSource = bench.bank
+        if bench.config.search.evaluation != "bank":
+            bank = UntrainedMixers(bench.teacher, bench.space)
+        measured = measure_step(bench.teacher, layout, bank, step) * 1e3
+    except TrainingError as e:
+        bench.reporter.say(f"the best layout's decode step was not checked: {e}")
+        return {"decode": found}
+    error = summed / measured - 1
+    limit = bench.config.budget.decode.milliseconds
+    assert limit is not None
+    over = f"; this is above the limit of {limit:g} ms" if measured > limit else ""
+    bench.reporter.say(
+        f"decode step of the best layout: {measured:.3g} ms measured, {summed:.3g} ms as the sum "
+        f"over its layers (error {error:+.1%}){over}"
+    )
+    return {"decode": found | {"measured_ms": measured, "error": error}}
 
 
 def _score_as_worker(number: int, config: StudyConfig) -> None:
@@ -388,7 +485,7 @@ def _score(bench: Workbench, *, worker: Worker | None) -> StudyResult:
         distiller=bench.distiller(scorer),
         provenance=provenance,
         reporter=bench.reporter,
-        identity=bench.identity,
+        identity=bench.study_identity,
         worker=worker,
         stage1_losses=bench.stage1_losses,
         learn_gates=bench.learn_gates,
@@ -669,7 +766,7 @@ def _write_pareto_set(folder: Path, bench: Workbench, result: StudyResult) -> No
     symbols = bench.space.symbols
     members = {"".join(t.layout.strip(symbols).split()): t for t in result.pareto_set}
     for name, trial in members.items():
-        _write_best(folder / name / "best.yaml", bench, result, trial)
+        _write_best(folder / name / "best.yaml", bench, result, trial, {})
     for former in sorted(set(folder.glob("*/best.yaml"))):
         # What has been distilled stays.
         alone = list(former.parent.iterdir()) == [former]
@@ -678,9 +775,10 @@ def _write_pareto_set(folder: Path, bench: Workbench, result: StudyResult) -> No
             former.parent.rmdir()
 
 
-def _write_best(path: Path, bench: Workbench, result: StudyResult, best: Trial) -> None:
+def _write_best(
+    path: Path, bench: Workbench, result: StudyResult, best: Trial, more: Mapping[str, Any]
+) -> None:
     symbols = bench.space.symbols
-    tied = {"tied_with": [trial.layout.strip(symbols) for trial in result.ties]}
     content = {
         "strip": best.layout.strip(symbols),
         "attention_layers": list(best.layout.attention_layers),
@@ -694,8 +792,7 @@ def _write_best(path: Path, bench: Workbench, result: StudyResult, best: Trial) 
             "tokens": best.score.tokens,
             "layouts_scored": len(result.trials),
             "layouts_possible": result.num_possible,
-            **({"rungs": _rung_figures(result)} if result.rungs and best is result.best else {}),
-            **(tied if best is result.best else {}),
+            **more,
         },
         "teacher": {
             "source": bench.config.teacher.source,

@@ -15,10 +15,16 @@ from mohawk_nas.documents import Corpus
 from mohawk_nas.errors import ConfigError, InputError, TeacherError
 from mohawk_nas.mixer import Mixer
 from mohawk_nas.registry import load_plugin
-from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.budget import Budget, make_budget
 from mohawk_nas.search.space import SearchSpace, check_pins, load_candidates, load_space
 from mohawk_nas.search.study import SearchPlan, check_needs, check_search, plan_search
-from mohawk_nas.teacher import Teacher, check_weights, load_teacher, pick_device
+from mohawk_nas.teacher import (
+    Teacher,
+    check_weights,
+    load_teacher,
+    pick_device,
+    teacher_dtype,
+)
 
 __all__ = ["Plan", "find_problems", "make_plan"]
 
@@ -32,7 +38,11 @@ def find_problems(config: StudyConfig) -> list[str]:
     _collect(problems, lambda: load_candidates(config.space))
     problems += check_pins(config.space)
     space_ok = len(problems) == before
-    _collect(problems, lambda: pick_device(config.teacher.device))
+    device = torch.device("cpu")
+    try:
+        device = pick_device(config.teacher.device)
+    except TeacherError as e:
+        problems.append(str(e))
     _collect(problems, lambda: Corpus.find(config.data))
     problems += _misplaced_folders(config)
     problems += check_needs(config)
@@ -57,9 +67,27 @@ def find_problems(config: StudyConfig) -> list[str]:
     )
     if not space:
         return problems + check_search(config.search)
-    budget = Budget(attention_layers=config.budget.attention_layers)
+    misfits = _misfits(config, teacher, space[0])
+    budget = None
+    try:
+        budget = _known_budget(config, teacher, space[0], device)
+    except InputError as e:
+        misfits += [str(e)] if str(e) not in misfits else []
     problems += check_search(config.search, space=space[0], budget=budget)
-    return problems + _misfits(config, teacher, space[0])
+    return problems + misfits
+
+
+def _known_budget(
+    config: StudyConfig, teacher: Teacher, space: SearchSpace, device: torch.device
+) -> Budget:
+    """The budget as far as it can be told without measuring."""
+    return make_budget(
+        config.budget,
+        space,
+        teacher.views,
+        bytes_per_element=teacher_dtype(config.teacher, device).itemsize,
+        decode=None,
+    )
 
 
 def _collect(problems: list[str], attempt: Any) -> None:
@@ -158,16 +186,14 @@ def make_plan(config: StudyConfig) -> Plan:
         raise ConfigError(problems)
     teacher = load_teacher(config.teacher, meta=True)
     space = load_space(config.space, num_layers=teacher.num_layers)
-    budget = Budget(attention_layers=config.budget.attention_layers)
+    device = pick_device(config.teacher.device)
+    budget = _known_budget(config, teacher, space, device)
     plan = plan_search(config.search, space, budget)
     view, length = teacher.views[0], config.data.block_size
     params = {name: space.candidates[name].num_params(view) for name in space.replacements}
     entries = [name for _, name in space.replaceable]
-    device = pick_device(config.teacher.device)
-    dtype = config.teacher.dtype
-    if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else "bfloat16"
-    element = torch.finfo(getattr(torch, dtype)).bits // 8
+    dtype = teacher_dtype(config.teacher, device)
+    element = dtype.itemsize
 
     vocab, width = teacher.vocab_size, view.d_model
     model_params = sum(p.numel() for p in teacher.model.parameters())
@@ -221,7 +247,7 @@ def make_plan(config: StudyConfig) -> Plan:
         },
         disk_bytes=entry_params * 4,
         flops={name: value for name, value in flops.items() if value},
-        flops_per_second=_measure_rate(device, getattr(torch, dtype)),
+        flops_per_second=_measure_rate(device, dtype),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     )
 

@@ -48,7 +48,8 @@ CHANGEABLE_SECTIONS = ("search.rungs.", "distill.")
 
 
 IDENTITY = "identity.json"
-RUN_RECORDS = ("config.yaml", "provenance.json", IDENTITY)
+DECODE_TIMES = "decode.json"
+RUN_RECORDS = ("config.yaml", "provenance.json", IDENTITY, DECODE_TIMES)
 """What a run's folder holds before anything has been run."""
 DISTILL_RECORD = "settings.json"
 """What a distillation's folder holds before anything has been run."""

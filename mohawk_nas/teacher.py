@@ -35,6 +35,7 @@ __all__ = [
     "load_teacher",
     "logits_from_hidden",
     "pick_device",
+    "teacher_dtype",
 ]
 
 log = logging.getLogger(__name__)
@@ -335,8 +336,7 @@ def load_teacher(config: TeacherConfig, *, meta: bool = False, seed: int = 0) ->
             model = _build(config, attn_implementation="sdpa")
         return Teacher(model, source=config.source)
     device = pick_device(config.device)
-    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = teacher_dtype(config, device)
     if config.random_weights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -344,6 +344,13 @@ def load_teacher(config: TeacherConfig, *, meta: bool = False, seed: int = 0) ->
     else:
         model = _load_weights(config, dtype)
     return Teacher(model.to(device), _load_tokenizer(config), source=config.source)
+
+
+def teacher_dtype(config: TeacherConfig, device: torch.device) -> torch.dtype:
+    """The type of the teacher's weights on a device."""
+    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
+    return dtype
 
 
 def check_weights(config: TeacherConfig) -> None:

@@ -45,7 +45,7 @@ def test_everything_that_is_missing_is_named():
     with pytest.raises(ConfigError) as caught:
         study_from_dict({}, source="a.yaml")
     assert caught.value.problems == [
-        "budget.attention_layers: must be given",
+        "budget.attention_layers: must be given, or budget.cache, or budget.decode",
         "data.source: must be given",
         "name: must be given",
         "teacher.source: must be given",
@@ -75,7 +75,7 @@ def test_every_problem_is_reported_at_once(tmp_path):
         "'float16']",
         "data.block_size: Value 'many' of type 'str' could not be converted to Integer",
         "search.trails: unknown key. Did you mean 'trials'?",
-        "budget.attention_layers: must be given",
+        "budget.attention_layers: must be given, or budget.cache, or budget.decode",
         "teacher.source: must be given",
         "name: must be letters, digits, '.', '_' and '-', but got 'a/b'",
         "seed: must be at least 0, but got -1",
@@ -86,6 +86,20 @@ def test_every_problem_is_reported_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "budget",
+    [
+        {"attention_layers": {"at_most": 3}},
+        {"cache": {"mib": 0.5, "context": 8192, "batch": 32}},
+        {"attention_layers": None, "decode": {"milliseconds": 12, "context": 64}},
+    ],
+)
+def test_any_limit_is_a_budget_and_is_read_back_as_it_was(budget):
+    config = study_from_dict(SMALLEST | {"budget": budget})
+    assert study_from_dict(yaml.safe_load(dump(config))) == config
+    assert flatten(config)["budget.attention_layers"] == budget.get("attention_layers")
+
+
+@pytest.mark.parametrize(
     ("override", "problem"),
     [
         ("search.trails=5", "search.trails: unknown key. Did you mean 'trials'?"),
@@ -93,7 +107,7 @@ def test_every_problem_is_reported_at_once(tmp_path):
         ("bank.hiden.lr=5", "bank.hiden: unknown key. Did you mean 'hidden'?"),
         (
             "budget.zzz=5",
-            "budget.zzz: unknown key. Known here: attention_layers.",
+            "budget.zzz: unknown key. Known here: attention_layers, cache, decode.",
         ),
         ("distill.logits.zzz=5", "distill.logits.zzz: unknown key. Known here: tokens, batch_size"),
         ("search=4", "search: must be a section of settings, but got 4"),
@@ -164,6 +178,37 @@ STAGES = ["bank.matrix", "bank.hidden", "distill.matrix", "distill.hidden", "dis
         (
             "budget.attention_layers=-1",
             "budget.attention_layers: must be at least 0, but got -1",
+        ),
+        (
+            "budget.attention_layers.at_most=-1",
+            "budget.attention_layers.at_most: must be at least 0, but got -1",
+        ),
+        (
+            "budget.attention_layers={at_last: 3}",
+            "budget.attention_layers: must be a number, or {at_most: NUMBER} where fewer will do "
+            "as well, but got {'at_last': 3}",
+        ),
+        (
+            "budget.attention_layers=2.5",
+            "budget.attention_layers: must be a number, or {at_most: NUMBER} where fewer will do "
+            "as well, but got 2.5",
+        ),
+        ("budget.cache.mib=3", "budget.cache.context: must be given with budget.cache.mib"),
+        (
+            "budget.decode.batch=2",
+            "budget.decode.milliseconds: must be given, since budget.decode says what it is for",
+        ),
+        (
+            "budget.cache={mib: 0, context: 1}",
+            "budget.cache.mib: must be above 0, but got 0.0",
+        ),
+        (
+            "budget.decode={milliseconds: 1, context: 0}",
+            "budget.decode.context: must be at least 1, but got 0",
+        ),
+        (
+            "budget.decode={milliseconds: 1, context: 1, batch: 0}",
+            "budget.decode.batch: must be at least 1, but got 0",
         ),
         ("search.trials=0", "search.trials: must be at least 1, but got 0"),
         ("search.batch_size=0", "search.batch_size: must be at least 1, got 0"),

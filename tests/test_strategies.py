@@ -14,6 +14,7 @@ from synthetic_search import SyntheticScorer, make, make_space
 from mohawk_nas.config import MatrixConfig
 from mohawk_nas.errors import ConfigError, RunError
 from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.strategies._sampling import _ENCODINGS, _decode, _nearest_unseen
 from mohawk_nas.search.strategy import (
     SearchContext,
@@ -506,16 +507,23 @@ def test_a_known_layout_gives_way_to_the_cheapest_unseen_swap():
     def keeping(*kept):
         return Layout(tuple(ATTENTION if i in kept else "b" for i in range(5)))
 
+    budget = Budget(attention_layers=2)
+
+    def nearest(seen):
+        known = [(layout, 1.0) for layout in seen]
+        here = context(space, budget, SyntheticScorer(5), finished=known)
+        return _nearest_unseen(layout, worth, params, here)
+
     layout = keeping(0, 4)
     # By what the swap costs: 0.3 for 4 -> 1, then 0.35 for 4 -> 2.
     order = [layout, keeping(0, 1), keeping(0, 2)]
     seen = set()
     for expected in order:
-        assert _nearest_unseen(layout, worth, params, space=space, seen=seen) == expected
+        assert nearest(seen) == expected
         seen.add(expected)
     # With every swap known, one layer takes another replacement.
     seen |= {keeping(*pair) for pair in itertools.combinations(range(5), 2)}
-    flipped = _nearest_unseen(layout, worth, params, space=space, seen=seen)
+    flipped = nearest(seen)
     assert flipped.attention_layers == (0, 4) and flipped.candidates.count("a") == 1
 
 

@@ -55,7 +55,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         "stage2_tokens": study.bank.hidden.tokens,
         "trials": study.search.trials,
         "search_tokens": study.search.tokens,
-        "attention_layers": study.budget.attention_layers,
+        "attention_layers": setup.shape.keep,
     }
     yield Case(
         blank=setup.blank("search", "whole search", **shapes), run=partial(_run, setup, study)

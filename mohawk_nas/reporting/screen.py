@@ -61,12 +61,14 @@ def show_result(result: StudyResult, *, files: Sequence[Path], next_command: str
 def show_placement(layout: Layout, score: Score, placement: Placement, result: StudyResult) -> None:
     """One layout among a study's trials."""
     print_placement(placement, layout, score.value(result.weights), result, console=_OUT)
-    if not result.budget.meets(layout):
+    if result.budget.counts_only and not result.budget.meets(layout):
         kept, wanted = len(layout.attention_layers), result.budget.attention_layers
         _say(
             f"It keeps {kept} attention layers where the study keeps {wanted}: the rank compares "
             "unequal things."
         )
+    elif (excess := result.budget.excess(layout)) is not None:
+        _say(f"It is off the budget ({excess}): the rank compares unequal things.")
 
 
 def show_plan(config: StudyConfig, plan: Plan) -> None:
@@ -87,6 +89,8 @@ def show_plan(config: StudyConfig, plan: Plan) -> None:
     how = "every one is scored" if search.exhaustive else f"{search.trials:,} are scored"
     if search.solved:
         how = "the best follows from the single layers' losses; it and the baselines are scored"
+    if config.budget.decode.milliseconds is not None:
+        how += "; the decode time, which is not measured yet, may leave fewer"
     table.add_row("layouts", f"{search.possible:,} meet the budget, {how}")
     if search.probes:
         probes = ", ".join(f"{name} {count:,}" for name, count in search.probes.items())

@@ -33,8 +33,7 @@ MOST_TIES = 6
 
 def counts(result: StudyResult) -> list[str]:
     """How much was scored, and of how much."""
-    kept = result.budget.attention_layers
-    fits = f"that keep {kept} attention layer{'' if kept == 1 else 's'}"
+    fits = f"that {result.budget.text}"
     scored, possible = len(result.trials), result.num_possible
     if result.solved:
         lines = [

@@ -137,6 +137,11 @@ def _settings(config: StudyConfig, space: SearchSpace) -> dict[str, Any]:
     keys = ["seed", "budget.attention_layers"]
     keys += [f"search.{key}" for key in ("strategy", "objective", "baselines")]
     keys += [f"search.{key}" for key in ("tokens", "evaluation")]
+    # Only where they are given, so that studies from before there were these limits go on.
+    for limit in ("budget.cache.mib", "budget.decode.milliseconds"):
+        section = limit.rpartition(".")[0]
+        if flat[limit] is not None:
+            keys += [limit, f"{section}.context", f"{section}.batch"]
     return {key: flat[key] for key in keys} | {
         # Studies from before it could be set hold none.
         "search.pareto": flat["search.pareto"] or None,

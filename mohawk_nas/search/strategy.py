@@ -101,7 +101,7 @@ class SearchContext:
 
     @property
     def num_kept(self) -> int:
-        """Free layers that keep attention in a layout on the budget."""
+        """Free layers that keep attention in a layout on the budget, at most."""
         return self.budget.num_free(self.space)
 
     def value(self, layout: Layout) -> float:
@@ -127,14 +127,61 @@ class SearchContext:
         )
 
     def keep_top(self, worth: Mapping[int, float]) -> Layout:
-        """Keep the free layers that are worth most, the lower layer where two are equal."""
+        """Keep the free layers that are worth most, the lower layer where two are equal.
+
+        Layer by layer, attention stays where the budget can still be met with it.
+        """
         ranked = sorted(self.space.free_layers, key=lambda layer: (-worth[layer], layer))
-        return self.keeping(ranked[: self.num_kept])
+        found = self.budget.grant(
+            self.space, {layer: (ATTENTION, *self._replacements(layer)) for layer in ranked}
+        )
+        assert found is not None, "a study whose budget is impossible has not begun"
+        return found
+
+    def on_budget(self, layers: Iterable[int]) -> Layout | None:
+        """As :meth:`keeping`, with less suited replacements where the budget needs them.
+
+        None if there is no such layout on the budget.
+        """
+        kept = set(layers)
+        return self.budget.grant(
+            self.space,
+            {
+                layer: (ATTENTION,) if layer in kept else self._replacements(layer)
+                for layer in self.space.free_layers
+            },
+        )
+
+    def may_keep(self, layers: Iterable[int], *, others: bool) -> bool:
+        """Whether some layout on the budget keeps attention in these free layers.
+
+        Args:
+            layers: If ``others``, all of them and perhaps more, else some of them at most.
+            others: Which of the two is asked.
+        """
+        named, names = set(layers), self.space.replacements
+        either = (ATTENTION, *names)
+        found = self.budget.grant(
+            self.space,
+            {
+                layer: ((ATTENTION,) if others else either)
+                if layer in named
+                else (either if others else names)
+                for layer in self.space.free_layers
+            },
+        )
+        return found is not None
 
     def _replacement(self, layer: int) -> str:
-        if len(self.space.replacements) == 1:
-            return self.space.replacements[0]
-        return local_replacement(self.space, self.stage2_losses(), layer)
+        return self._replacements(layer)[0]
+
+    def _replacements(self, layer: int) -> tuple[str, ...]:
+        """The most suited one first."""
+        names = self.space.replacements
+        if len(names) == 1:
+            return names
+        losses = self.stage2_losses()
+        return tuple(sorted(names, key=lambda name: losses[layer, name]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,9 +355,13 @@ def solve_local(
 ) -> Layout:
     """The layout on the budget with the smallest sum of stage-2 losses.
 
-    A layer's loss does not depend on the other layers, so with the number of attention layers fixed
-    the optimum keeps attention where the best replacement loses most.
+    A layer's loss does not depend on the other layers, so where only the attention layers are
+    counted the optimum keeps attention where the best replacement loses most.
     """
+    if budget.limits:
+        found = budget.cheapest(space, losses)
+        assert found is not None, "a study whose budget is impossible has not begun"
+        return found
     best = {layer: local_replacement(space, losses, layer) for layer in space.free_layers}
     ranked = sorted(space.free_layers, key=lambda layer: (-losses[layer, best[layer]], layer))
     return space.fill(best | dict.fromkeys(ranked[: budget.num_free(space)], ATTENTION))

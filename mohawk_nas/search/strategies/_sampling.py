@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -30,6 +30,10 @@ class OptunaSampler(Strategy):
     so the study itself never sees a wasted or repeated trial. Where a layout comes up again, the
     one swap that the sampled parameters regret least takes its place: late in a search most samples
     are known, and sampling on costs more than scoring does.
+
+    Where the budget does not fix the number of attention layers, K is the largest that it allows,
+    and layer by layer attention stays where the budget can still be met with it; layouts that could
+    keep more are left to the draws at random.
     """
 
     encoding: Literal["priority", "slots", "bits"] = "priority"
@@ -65,7 +69,7 @@ class OptunaSampler(Strategy):
                 if self.ties_by_chance:
                     worth = {layer: w + 1e-9 * chance.random() for layer, w in worth.items()}
                 layout = _decode(worth, trial.params, context)
-                near = _nearest_unseen(layout, worth, trial.params, space=space, seen=context.seen)
+                near = _nearest_unseen(layout, worth, trial.params, context)
                 if near is not None:
                     return Proposal(layout=near, proposed_by=self.label)
                 if layout in known:
@@ -159,7 +163,11 @@ class _Slots(_Encoding):
 
     def params(self, layout: Layout) -> dict[str, Any]:
         places = [i for i, layer in enumerate(self.free) if layout[layer] == ATTENTION]
-        return {_slot(i): place - i for i, place in enumerate(places)}
+        # A layout that keeps fewer than K stands for one that keeps the last layers besides.
+        last = len(self.free) - self.num_kept
+        slots = [min(place - i, last) for i, place in enumerate(places)]
+        slots += [last] * (self.num_kept - len(places))
+        return {_slot(i): slot for i, slot in enumerate(slots)}
 
     def worth(self, params: Mapping[str, Any]) -> dict[int, float]:
         slots = sorted(params[_slot(i)] for i in range(self.num_kept))
@@ -220,28 +228,23 @@ def _decode(
 ) -> Layout:
     space = context.space
     ranked = sorted(space.free_layers, key=lambda layer: (-worth[layer], layer))
-    return space.fill(
-        {
-            layer: ATTENTION
-            if place < context.num_kept
-            else params.get(_replacement(layer), space.replacements[0])
-            for place, layer in enumerate(ranked)
-        }
-    )
+    wishes = {}
+    for layer in ranked:
+        named = params.get(_replacement(layer), space.replacements[0])
+        wishes[layer] = (ATTENTION, named, *(x for x in space.replacements if x != named))
+    found = context.budget.grant(space, wishes)
+    assert found is not None, "a study whose budget is impossible has not begun"
+    return found
 
 
 def _nearest_unseen(
-    layout: Layout,
-    worth: Mapping[int, float],
-    params: Mapping[str, Any],
-    *,
-    space: SearchSpace,
-    seen: Collection[Layout],
+    layout: Layout, worth: Mapping[int, float], params: Mapping[str, Any], context: SearchContext
 ) -> Layout | None:
     """The layout itself, or its unseen neighbour whose swap costs the least worth.
 
     After the swaps come other replacements of one layer.
     """
+    space, seen, budget = context.space, context.seen, context.budget
     if layout not in seen:
         return layout
     free = set(space.free_layers)
@@ -253,12 +256,12 @@ def _nearest_unseen(
         candidates[into] = ATTENTION
         candidates[out] = params.get(_replacement(out), space.replacements[0])
         neighbour = Layout(tuple(candidates))
-        if neighbour not in seen:
+        if neighbour not in seen and budget.meets(neighbour):
             return neighbour
     for layer in replaced:
         for other in space.replacements:
             neighbour = layout.with_candidate(layer, other)
-            if neighbour not in seen:
+            if neighbour not in seen and budget.meets(neighbour):
                 return neighbour
     return None
 

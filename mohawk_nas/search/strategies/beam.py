@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +25,8 @@ class Beam(Selector):
     L if it is the first. ``add`` takes K steps, ``remove`` L-K, so ``add`` is the cheap direction
     while K is small: with a width of 1 L + (L-1) + ... + (L-K+1) probes, of which the first L are
     those of ``add_one_in`` (for ``remove`` those of ``swap_one``) and the last step's are on the
-    budget. A pass of swaps adds K * (L-K) at most, all on the budget.
+    budget. A pass of swaps adds K * (L-K) at most, all on the budget. Where the budget does not fix
+    K, ``add`` goes on as long as it allows one layer more, and ``remove`` until it is met.
     """
 
     width: int = 4
@@ -39,42 +41,60 @@ class Beam(Selector):
         at_least(0, swaps=self.swaps)
 
     def layouts(self, context: SearchContext) -> list[tuple[str, Layout]]:
-        free, num_kept = context.space.free_layers, context.num_kept
+        free = context.space.free_layers
         adding = self.direction == "add"
 
         def kept(moved: frozenset[int]) -> list[int]:
             return [layer for layer in free if (layer in moved) == adding]
 
-        def best(found: set[frozenset[int]]) -> list[frozenset[int]]:
-            values = context.values(
-                {moved: context.keeping(kept(moved)) for moved in _sorted(found)}
+        values: dict[frozenset[int], float] = {}
+
+        def best(found: Collection[frozenset[int]]) -> list[frozenset[int]]:
+            unknown = [moved for moved in _sorted(found) if moved not in values]
+            values.update(
+                context.values({moved: context.keeping(kept(moved)) for moved in unknown})
             )
             # Of two equal ones that with the lower layers.
-            return sorted(values, key=lambda moved: (values[moved], sorted(moved)))
+            return sorted(found, key=lambda moved: (values[moved], sorted(moved)))
+
+        def onwards(moved: frozenset[int]) -> list[frozenset[int]]:
+            if not adding and context.on_budget(kept(moved)):
+                return []
+            further = [moved | {layer} for layer in free if layer not in moved]
+            return [more for more in further if context.may_keep(kept(more), others=adding)]
 
         beam: list[frozenset[int]] = [frozenset()]
-        for _ in range(num_kept if adding else len(free) - num_kept):
-            grown = {moved | {layer} for moved in beam for layer in free if layer not in moved}
+        ended: list[frozenset[int]] = []
+        while beam:
+            steps = {moved: onwards(moved) for moved in beam}
+            ended += [moved for moved, further in steps.items() if not further]
+            grown = {more for further in steps.values() for more in further}
             beam = best(grown)[: self.width]
+        beam = best(ended) if len(ended) > 1 else ended
         for _ in range(self.swaps):
             moved = beam[0]
             rest = [layer for layer in free if layer not in moved]
             swapped = {moved - {out} | {into} for out in moved for into in rest}
+            swapped = {other for other in swapped if context.on_budget(kept(other))}
             if not swapped:
                 break
             beam = best(swapped | {moved})
             if beam[0] == moved:
                 break
-        return [(self.label, context.keeping(kept(beam[0])))]
+        layout = context.on_budget(kept(beam[0]))
+        assert layout is not None
+        return [(self.label, layout)]
 
     def num_probes(self, space: SearchSpace, budget: Budget) -> int:
         free, kept = len(space.free_layers), budget.num_free(space)
-        steps = kept if self.direction == "add" else free - kept
+        # Where the number is not fixed, other layers may cost more, and more must be removed.
+        least = kept if budget.counts_only or not budget.limits else 0
+        steps = kept if self.direction == "add" else free - least
         widths = [min(self.width, math.comb(free, k)) for k in range(steps)]
         grown = [min(math.comb(free, k + 1), w * (free - k)) for k, w in enumerate(widths)]
         return sum(grown) + self.swaps * kept * (free - kept)
 
 
-def _sorted(found: set[frozenset[int]]) -> list[frozenset[int]]:
+def _sorted(found: Collection[frozenset[int]]) -> list[frozenset[int]]:
     # Probes are made in an order that is the same in every process.
     return sorted(found, key=sorted)

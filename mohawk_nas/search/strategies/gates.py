@@ -55,7 +55,8 @@ class Gates(Selector):
         space, kept = context.space, context.num_kept
         free = space.free_layers
         if not 0 < kept < len(free):
-            return [(self.label, context.keeping(free[:kept]))]
+            # There is no choice of layers to learn.
+            return [(self.label, context.keep_top(dict.fromkeys(free, 0.0)))]
         replaced = context.keeping([])
         worths = context.learn_gates(
             replacements={layer: replaced[layer] for layer in free},

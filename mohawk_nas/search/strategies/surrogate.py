@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mohawk_nas.layout import ATTENTION, Layout
-from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.budget import Budget, Limit
 from mohawk_nas.search.space import SearchSpace
 from mohawk_nas.search.strategy import (
     STRATEGIES,
@@ -125,19 +125,6 @@ class LinearModel:
         return predicted
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limit:
-    """A linear limit on top of the budget: the costs of what a layout holds add up to ``most``."""
-
-    costs: Mapping[tuple[int, str], float]
-    """(free layer, candidate) -> cost; what is not named costs nothing."""
-    most: float
-
-    def meets(self, layout: Layout) -> bool:
-        """Whether a layout is within the limit."""
-        return sum(c for (i, name), c in self.costs.items() if layout[i] == name) <= self.most
-
-
 def fit(
     codes: Array, values: Array, *, pairwise: bool, rng: np.random.Generator | None = None
 ) -> LinearModel:
@@ -242,15 +229,22 @@ def _solve(
     free, names = space.free_layers, (ATTENTION, *space.replacements)
     place = {choice: i for i, choice in enumerate((i, name) for i in free for name in names)}
     choices, kept = Codes.of(space).choices, budget.num_free(space)
+    fixed = budget.attention_layers is not None
     program = _Program()
     for layer in free:
         program.row({place[layer, name]: 1.0 for name in names}, 1.0, 1.0)
-    program.row({place[layer, ATTENTION]: 1.0 for layer in free}, kept, kept)
-    for limit in limits:
-        costs = {place[choice]: cost for choice, cost in limit.costs.items()}
-        program.row(costs, -np.inf, limit.most)
+    for limit in [*budget.linear(space), *limits]:
+        costs = {at: limit.costs.get(choice, 0.0) for choice, at in place.items()}
+        spent = limit.rest + sum(limit.costs.get(pin, 0.0) for pin in space.pinned.items())
+        # HiGHS has absolute tolerances, and costs may be bytes.
+        size = max(map(abs, costs.values()), default=0.0) or 1.0
+        program.row(
+            {at: cost / size for at, cost in costs.items() if cost},
+            (limit.least - spent) / size,
+            (limit.most - spent) / size,
+        )
     for layout in seen:
-        if len(space.replacements) == 1 and kept:
+        if len(space.replacements) == 1 and kept and fixed:
             # Where nothing else is to choose, the attention layers are the layout.
             same = [place[i, ATTENTION] for i in free if layout[i] == ATTENTION]
         else:
@@ -273,8 +267,9 @@ def _solve(
             else:
                 program.row({at: 1.0, one: -1.0}, -np.inf, 0.0)
                 program.row({at: 1.0, other: -1.0}, -np.inf, 0.0)
-        # The number of attention layers times each column holds for products as well. It is implied
-        # for whole numbers, but without it the relaxation is so loose that 30 layers take seconds.
+        # The number of attention layers times each column holds for products as well, or its bound.
+        # It is implied for whole numbers, but without it the relaxation is so loose that 30 layers
+        # take seconds.
         for j, (layer, name) in enumerate(choices):
             row = {
                 product[j, k]: 1.0
@@ -282,11 +277,13 @@ def _solve(
                 if what == ATTENTION and other != layer
             }
             row[place[layer, name]] = -float(kept - (name == ATTENTION))
-            program.row(row, 0.0, 0.0)
+            program.row(row, 0.0 if fixed else -np.inf, 0.0)
     found = program.minimum(costs, len(place), num_products, time_limit=time_limit)
     if found is None:
         return None
-    return space.fill({i: name for (i, name), at in place.items() if found[at] > 0.5})
+    layout = space.fill({i: name for (i, name), at in place.items() if found[at] > 0.5})
+    # Within the tolerances it may be over a limit whose costs are many digits long.
+    return layout if budget.meets(layout) and layout not in seen else None
 
 
 class _Program:
