@@ -436,7 +436,7 @@ def _search(bench: Workbench, *, workers: int) -> tuple[StudyResult, Path]:
         **_check_decode(bench, result),
     }
     _write_best(path, bench, result, result.best, of_best)
-    _write_pareto_set(config.run_dir / "pareto", bench, result)
+    _write_pareto_set(config.run_dir / "pareto", bench, result, of_best)
     return result, path
 
 
@@ -761,12 +761,15 @@ def _layer_bank(bench: Workbench, best: BestLayout, path: Path, train: TokenBloc
     return bank
 
 
-def _write_pareto_set(folder: Path, bench: Workbench, result: StudyResult) -> None:
+def _write_pareto_set(
+    folder: Path, bench: Workbench, result: StudyResult, of_best: Mapping[str, Any]
+) -> None:
     """A folder for each member, named by its layout, so that it stays when the set changes."""
     symbols = bench.space.symbols
     members = {"".join(t.layout.strip(symbols).split()): t for t in result.pareto_set}
     for name, trial in members.items():
-        _write_best(folder / name / "best.yaml", bench, result, trial, {})
+        more = of_best if trial is result.best else {}
+        _write_best(folder / name / "best.yaml", bench, result, trial, more)
     for former in sorted(set(folder.glob("*/best.yaml"))):
         # What has been distilled stays.
         alone = list(former.parent.iterdir()) == [former]

@@ -287,8 +287,12 @@ def test_a_note_is_made_by_one(storage, stack):
             looks.append(1)
             if len(looks) == 2:
                 # Both have written down what they are about to make.
-                barrier.wait(20)
-            return makers(*args)
+                barrier.wait(60)
+            found = makers(*args)
+            if len(looks) == 1:
+                # Both have looked before either has written.
+                barrier.wait(60)
+            return found
 
         ledger._makers = look
 
