@@ -106,9 +106,9 @@ class LayerWorth:
     """
 
     fitted: Mapping[int, float] | None
-    """How much lower the value is if this layer keeps attention instead of an average one, by an
-    additive least-squares fit to the trials. With the number of attention layers fixed only
-    differences can be told, so these sum to 0."""
+    """How much lower the value is if this layer keeps attention, by an additive least-squares fit
+    to the trials. With the number of attention layers fixed only differences can be told, so these
+    are against an average layer and sum to 0."""
     r_squared: float | None
     """Of that fit, adjusted for its parameters: low means that layers interact."""
     swap_one: Mapping[int, float] | None
@@ -308,8 +308,8 @@ def _fit(space: SearchSpace, trials: tuple[Trial, ...]) -> tuple[dict[int, float
     kept = np.array([[t.layout[layer] == ATTENTION for layer in free] for t in usable], dtype=float)
     values = np.array([trial.value for trial in usable])
     kept, values = kept - kept.mean(axis=0), values - values.mean()
-    # Every layout keeps as many layers, so the centred columns sum to 0; the smallest solution is
-    # then the one whose effects sum to 0 as well.
+    # Where every layout keeps as many layers, the centred columns sum to 0; the smallest solution
+    # is then the one whose effects sum to 0 as well.
     effects, _, rank, _ = np.linalg.lstsq(kept, values, rcond=None)
     total = float(values @ values)
     if rank < len(free) - 1 or total == 0:

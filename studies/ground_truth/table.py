@@ -28,7 +28,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from mohawk_nas.runs import provenance
 from mohawk_nas.search.objectives import BankScorer
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.strategy import SearchContext, named_baselines
+from mohawk_nas.search.study import trial_seed
 
 DIGITS = 6
 """Of the figures in the table."""
@@ -253,6 +254,11 @@ def choose(
 
 def picks(bench: Workbench, scorer: Probing) -> Iterator[tuple[str, Layout]]:
     """What each selector of the study names, led by KL."""
+
+    def learn_gates(*, restarts: int, **choices: Any) -> list[Mapping[int, float]]:
+        seeds = [trial_seed(bench.config.seed, n, "gates") for n in range(1, restarts + 1)]
+        return [bench.learn_gates(seed=seed, **choices).worth for seed in seeds]
+
     context = SearchContext(
         space=bench.space,
         budget=bench.budget,
@@ -262,6 +268,8 @@ def picks(bench: Workbench, scorer: Probing) -> Iterator[tuple[str, Layout]]:
         seed=bench.config.seed,
         probe=scorer.probe,
         stage2_losses=scorer.stage2_losses,
+        stage1_losses=bench.stage1_losses,
+        learn_gates=learn_gates,
     )
     for label, selector in named_baselines(bench.config.search.baselines).items():
         if selector is None:
