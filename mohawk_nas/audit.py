@@ -26,7 +26,6 @@ from mohawk_nas.errors import ConfigError, RunError
 from mohawk_nas.files import RowFile, read_json, write_json
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.metrics import evaluate_blocks
-from mohawk_nas.pipeline import Workbench
 from mohawk_nas.plan import find_problems
 from mohawk_nas.recall import recall
 from mohawk_nas.reporting import SILENT, Reporter
@@ -34,6 +33,7 @@ from mohawk_nas.runs import check_identity, check_run_dir, only_one
 from mohawk_nas.search import statistics
 from mohawk_nas.search.result import StudyResult
 from mohawk_nas.search.statistics import Fit, Interval, Regret
+from mohawk_nas.workbench import Workbench
 
 __all__ = [
     "AuditReport",

@@ -137,7 +137,7 @@ def audit(
     from mohawk_nas.reporting import screen
 
     _quiet()
-    from mohawk_nas.reporting.html import write_audit
+    from mohawk_nas.reporting.audit_html import write_audit
 
     report, path = measure(
         config,

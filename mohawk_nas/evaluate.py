@@ -17,11 +17,12 @@ from mohawk_nas.export.hf import load_hybrid
 from mohawk_nas.files import DamagedFile, read_json
 from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import BlockFigures, evaluate_blocks
-from mohawk_nas.pipeline import Workbench, load_best
+from mohawk_nas.pipeline import load_best
 from mohawk_nas.recall import RecallProbe, recall
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.student import assemble
 from mohawk_nas.teacher import pick_device
+from mohawk_nas.workbench import Workbench
 
 __all__ = ["Evaluation", "Target", "continue_text", "evaluate", "find_target"]
 

@@ -10,10 +10,10 @@ from mohawk_nas.bank import Bank
 from mohawk_nas.distill.trainer import Stage
 from mohawk_nas.errors import BankError, TrainingError
 from mohawk_nas.mixer import mixer_config
-from mohawk_nas.pipeline import Workbench
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.teacher import Teacher
 from mohawk_nas.testing import tiny_model
+from mohawk_nas.workbench import Workbench
 
 BOTH = ("bank.matrix.tokens=192", "bank.matrix.batch_size=4")
 

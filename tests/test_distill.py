@@ -13,10 +13,10 @@ from mohawk_nas.distill.optimizer import ClippedAdamW, learning_rate
 from mohawk_nas.errors import TrainingError
 from mohawk_nas.files import load_tensors
 from mohawk_nas.layout import Layout
-from mohawk_nas.pipeline import Workbench
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.student import assemble
 from mohawk_nas.teacher import Teacher
+from mohawk_nas.workbench import Workbench
 
 LAYOUT = Layout.keeping((0, 2), num_layers=4, replacement="mamba2")
 CONFIG = LogitsConfig(

@@ -11,11 +11,11 @@ from mohawk_nas.export.hf import describe_candidates
 from mohawk_nas.export.verify import check_folder, verify_export
 from mohawk_nas.layout import Layout
 from mohawk_nas.mixer import build_mixer
-from mohawk_nas.pipeline import Workbench
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.student import assemble, install_mixers
 from mohawk_nas.teacher import find_attention
 from mohawk_nas.testing import tiny_model
+from mohawk_nas.workbench import Workbench
 
 TOKENS = torch.randint(0, 4096, (2, 21), generator=torch.Generator().manual_seed(0))
 

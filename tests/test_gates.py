@@ -13,11 +13,11 @@ import torch
 from synthetic_search import SyntheticScorer, make
 from tiny_study import make_study
 
-from mohawk_nas import pipeline, recall
+from mohawk_nas import recall, workbench
 from mohawk_nas.data import BlockOrder
 from mohawk_nas.errors import ConfigError, RunError, TrainingError
 from mohawk_nas.layout import ATTENTION
-from mohawk_nas.pipeline import Workbench, search
+from mohawk_nas.pipeline import search
 from mohawk_nas.plan import find_problems, make_plan
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.reporting.text import counts
@@ -25,6 +25,7 @@ from mohawk_nas.search.gates import learn_gates, soft_top_k
 from mohawk_nas.search.leases import Pace, Worker
 from mohawk_nas.search.scoring import Learnt
 from mohawk_nas.search.study import plan_search, run_study, trial_seed
+from mohawk_nas.workbench import Workbench
 
 
 @pytest.mark.parametrize("temperature", [5.0, 1.0, 0.1, 0.01])
@@ -162,7 +163,7 @@ def test_a_study_takes_what_the_gates_choose(tmp_path, monkeypatch):
     assert result.asked == {}
     assert f"Learning: {label} 512 tokens in " in counts(result)[-1]
     # Run again, nothing is learnt again.
-    monkeypatch.setattr(pipeline, "learn_gates", None)
+    monkeypatch.setattr(workbench, "learn_gates", None)
     again, _ = search(study)
     assert essence(again) == essence(result)
 
@@ -189,10 +190,10 @@ def test_a_study_stopped_while_gates_are_learnt_goes_on_as_if_unbroken(tmp_path,
 
     study = make_study(tmp_path, f"search.baselines=[{GATES}, last]", "name=broken")
     for number in (1, 3):
-        monkeypatch.setattr(pipeline, "learn_gates", functools.partial(stop_at, number))
+        monkeypatch.setattr(workbench, "learn_gates", functools.partial(stop_at, number))
         with pytest.raises(KeyboardInterrupt):
             search(study)
-    monkeypatch.setattr(pipeline, "learn_gates", functools.partial(stop_at, 0))
+    monkeypatch.setattr(workbench, "learn_gates", functools.partial(stop_at, 0))
     result, _ = search(study)
     assert essence(result) == essence(whole)
     first, second = (trial_seed(0, number, "gates") for number in (1, 2))

@@ -15,7 +15,7 @@ from mohawk_nas.config import dump
 from mohawk_nas.data import load_blocks
 from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.metrics import evaluate_blocks
-from mohawk_nas.pipeline import Workbench
+from mohawk_nas.workbench import Workbench
 
 FOLDER = Path(__file__).parents[1] / "studies" / "ground_truth"
 

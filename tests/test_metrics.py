@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny_study import make_study
 
 from mohawk_nas import metrics
-from mohawk_nas.pipeline import Workbench
+from mohawk_nas.workbench import Workbench
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from tiny_study import make_study
 
 from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import kl_divergence
-from mohawk_nas.pipeline import Workbench
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.search import objectives
 from mohawk_nas.student import assemble
 from mohawk_nas.teacher import Teacher
+from mohawk_nas.workbench import Workbench
 
 ALL = 'search.objective={"kl": 1.0, "stage2_cascade": 1.0, "stage2_local": 1.0}'
 

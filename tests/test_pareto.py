@@ -31,6 +31,7 @@ from mohawk_nas.search.strategies._sampling import _ENCODINGS
 from mohawk_nas.search.strategy import SearchContext, build_strategy
 from mohawk_nas.search.study import run_study, trial_seed
 from mohawk_nas.student import assemble
+from mohawk_nas.workbench import Workbench
 
 REPLACEMENTS = ("small", "large")
 BYTES = {ATTENTION: 8.0, "small": 1.0, "large": 3.0}
@@ -436,7 +437,7 @@ def searched(folder):
 
 
 def test_costs_are_those_of_a_real_cache(folder, searched):
-    bench = pipeline.Workbench(make_study(folder, *OVERRIDES, space=SPACE))
+    bench = Workbench(make_study(folder, *OVERRIDES, space=SPACE))
     for trial in searched[0].trials[:4]:
         student = assemble(bench.teacher, trial.layout, bench.bank)
         with torch.no_grad():

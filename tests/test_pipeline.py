@@ -24,6 +24,7 @@ from mohawk_nas.export.folder import export_folder
 from mohawk_nas.layout import Layout
 from mohawk_nas.reporting import Silent
 from mohawk_nas.search.study import load_result
+from mohawk_nas.workbench import Workbench
 
 STUDIES = ASSETS.parent
 
@@ -287,7 +288,7 @@ def test_two_searches_of_one_run_are_kept_apart(tmp_path):
 
 def outcome(config):
     """What must be the same after kills: order, layouts, scores, bank keys, best."""
-    bench = pipeline.Workbench(config)
+    bench = Workbench(config)
     result = load_result(config, bench.space, bench.budget, run_dir=config.run_dir)
     best = yaml.safe_load((config.run_dir / "best.yaml").read_text(encoding="utf-8"))
     trials = [(t.layout, t.score.per_block, dict(t.provenance)) for t in result.trials]
@@ -326,7 +327,7 @@ def test_two_ranks_make_the_bank_and_the_study_of_one(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert outcome(study("two")) == outcome(study("one"))
-    one, two = (pipeline.Workbench(study(name)).bank for name in ("one", "two"))
+    one, two = (Workbench(study(name)).bank for name in ("one", "two"))
     ranks = set()
     for layer in range(4):
         weights = [bank.mixer(layer, "mamba2").state_dict() for bank in (one, two)]
@@ -354,7 +355,7 @@ def test_stage1_rank_reads_the_banks_records(tmp_path):
         "search.baselines=[stage1_rank]",
     )
     result, _ = pipeline.search(study)
-    bench = pipeline.Workbench(study)
+    bench = Workbench(study)
     last = {}
     for layer in range(4):
         losses = bench.bank.record(layer, "mamba2")["losses"]
@@ -366,7 +367,7 @@ def test_stage1_rank_reads_the_banks_records(tmp_path):
 
 
 def test_a_bank_without_stage_1_tells_so(searched, folder):
-    bench = pipeline.Workbench(make_study(folder))
+    bench = Workbench(make_study(folder))
     with pytest.raises(BankError, match=r"layer 0, mamba2 has no stage matrix; set bank.matrix.to"):
         bench.stage1_losses()
 
@@ -409,6 +410,6 @@ def test_a_search_that_is_killed_ten_times_ends_as_an_unbroken_one(tmp_path):
         assert run("broken", reporter=killer) == -signal.SIGKILL
     assert run("broken") == 0
     assert outcome(study("broken")) == outcome(study("whole"))
-    bench = pipeline.Workbench(study("broken"))
+    bench = Workbench(study("broken"))
     result = load_result(bench.config, bench.space, bench.budget, run_dir=bench.config.run_dir)
     assert "tpe" in {trial.proposed_by for trial in result.trials}

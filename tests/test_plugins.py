@@ -15,10 +15,10 @@ from mohawk_nas.cli import main
 from mohawk_nas.config import dump, load_study
 from mohawk_nas.errors import RegistryError
 from mohawk_nas.mixer import MIXERS
-from mohawk_nas.pipeline import Workbench
 from mohawk_nas.registry import load_plugin
 from mohawk_nas.search.study import load_result
 from mohawk_nas.testing import MixerContract
+from mohawk_nas.workbench import Workbench
 
 SOURCE = Path(__file__).with_name("moving_average.py")
 

@@ -10,12 +10,13 @@ from mohawk_nas import recall
 from mohawk_nas.errors import ConfigError, TeacherError
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.metrics import body
-from mohawk_nas.pipeline import Workbench, load_best, search
+from mohawk_nas.pipeline import load_best, search
 from mohawk_nas.recall import RecallProbe, Template, make_probe
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.search.objectives import BankScorer
 from mohawk_nas.search.study import load_result
 from mohawk_nas.student import assemble
+from mohawk_nas.workbench import Workbench
 
 VOCAB = 1020
 

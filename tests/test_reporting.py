@@ -12,8 +12,9 @@ from synthetic_search import SyntheticScorer, make
 from mohawk_nas.audit import AuditReport, Distilled, Trust
 from mohawk_nas.layout import ATTENTION
 from mohawk_nas.reporting import SILENT, progress
+from mohawk_nas.reporting.audit_html import render_audit
 from mohawk_nas.reporting.console import print_placement, print_result
-from mohawk_nas.reporting.html import render_audit, render_report, write_report
+from mohawk_nas.reporting.html import render_report, write_report
 from mohawk_nas.reporting.progress import ConsoleReporter
 from mohawk_nas.reporting.screen import show_names
 from mohawk_nas.search.statistics import Fit, Interval, Regret

@@ -34,6 +34,7 @@ from mohawk_nas.search.result import compare
 from mohawk_nas.search.rungs import Halving, Wilcoxon, build_pruner, climb, rung_recipe
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.study import load_result, plan_search, run_study
+from mohawk_nas.workbench import Workbench
 
 NOISE = np.random.default_rng(3).normal(size=(12, 32))
 
@@ -391,7 +392,7 @@ def searched(folder):
 
 def distilled(config, layout, tokens):
     """The layout's KL on the validation split, by the pieces that a rung is made of."""
-    bench = pipeline.Workbench(config)
+    bench = Workbench(config)
     needed = {"bank": max(tokens, 64), "validation": config.data.validation_tokens}
     blocks = pipeline.load_blocks(config.data, bench.teacher.tokenizer, needed=needed)
     recipe = pipeline.dataclasses.replace(config.distill.logits, tokens=tokens)

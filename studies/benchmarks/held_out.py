@@ -17,11 +17,12 @@ from mohawk_nas.bank import Bank
 from mohawk_nas.files import write_json
 from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import BlockFigures, evaluate_blocks
-from mohawk_nas.pipeline import Workbench, load_best
+from mohawk_nas.pipeline import load_best
 from mohawk_nas.recall import recall
 from mohawk_nas.runs import provenance
 from mohawk_nas.search.study import load_result
 from mohawk_nas.student import assemble
+from mohawk_nas.workbench import Workbench
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -34,11 +34,11 @@ from mohawk_nas.data import load_blocks
 from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.errors import InputError, MohawkError
 from mohawk_nas.files import RowFile
-from mohawk_nas.pipeline import Workbench
 from mohawk_nas.plan import find_problems
 from mohawk_nas.reporting import screen
 from mohawk_nas.search.objectives import BankScorer
 from mohawk_nas.search.statistics import spearman
+from mohawk_nas.workbench import Workbench
 
 SCORED = 200
 """Layouts from whose order some are taken."""
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, help="studies/ground_truth/recipe_NAME.jsonl")
     args = parser.parse_intermixed_args(argv)
     try:
+        if args.layouts < 3:
+            raise InputError(f"--layouts: must be at least 3 to be ranked, but is {args.layouts}")
         config = load_study(args.study, args.overrides)
         if problems := find_problems(config):
             raise InputError("\n".join(problems))

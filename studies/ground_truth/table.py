@@ -39,7 +39,6 @@ from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.errors import InputError, MohawkError
 from mohawk_nas.files import RowFile
 from mohawk_nas.layout import Layout
-from mohawk_nas.pipeline import Workbench
 from mohawk_nas.plan import find_problems
 from mohawk_nas.reporting import screen
 from mohawk_nas.runs import provenance
@@ -47,6 +46,7 @@ from mohawk_nas.search.objectives import BankScorer
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.strategy import SearchContext, named_baselines
 from mohawk_nas.search.study import trial_seed
+from mohawk_nas.workbench import Workbench
 
 DIGITS = 6
 """Of the figures in the table."""
