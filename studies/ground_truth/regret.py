@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mohawk_nas.config import OBJECTIVES, BudgetConfig, SearchConfig, SpaceConfig, StudyConfig
-from mohawk_nas.errors import DataError
+from mohawk_nas.errors import DataError, MohawkError
 from mohawk_nas.files import write_json
 from mohawk_nas.layout import Layout
 from mohawk_nas.search.budget import Budget
@@ -311,7 +312,17 @@ def compare(
     return corrected
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        run(arguments)
+    except MohawkError as error:
+        print(f"regret: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arguments: Sequence[str] | None) -> None:
+    """Replay, judge, show, write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -395,4 +406,4 @@ def show(outcome: Mapping[str, Any], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
