@@ -17,6 +17,7 @@ from mohawk_nas.reporting.console import print_placement, print_result
 from mohawk_nas.reporting.html import render_report, write_report
 from mohawk_nas.reporting.progress import ConsoleReporter
 from mohawk_nas.reporting.screen import show_names
+from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.statistics import Fit, Interval, Regret
 from mohawk_nas.search.strategy import strategy_names
 from mohawk_nas.search.study import run_study
@@ -76,6 +77,17 @@ def test_a_search_of_the_whole_space_says_so():
     text = printed(solved)
     assert "Solved exactly, since stage2_local is a sum over layers" in text
     assert "Baselines" not in text
+
+
+def test_layers_are_worth_what_replacing_them_costs_if_their_number_is_free():
+    config, space, _ = make(6, 2, trials=22)
+    scorer = SyntheticScorer(6)
+    result = run_study(config, space, Budget(at_most=2), scorer, run_dir=None)
+    assert result.exhaustive and len(result.trials) == 22
+    costs = {layer: scorer.cost(layer, "ssm") for layer in range(6)}
+    assert result.worth.fitted == pytest.approx(costs)
+    assert "told against replacing it, by" in " ".join(printed(result).split())
+    assert "told against keeping an average layer" in " ".join(printed(study()[1]).split())
 
 
 def test_weighted_objectives_show_each_part():

@@ -58,7 +58,7 @@ def print_result(
         console.print()
         console.print(_worth_table(result))
         if result.worth.r_squared is not None:
-            _say(console, f"[dim]{text.fit_reading(result.worth.r_squared)}[/dim]")
+            _say(console, f"[dim]{text.fit_reading(result)}[/dim]")
     console.print()
     for line in text.verdict(result):
         _say(console, line)

@@ -65,7 +65,7 @@ def render_report(result: StudyResult, config: StudyConfig) -> str:
     if result.worth.fitted:
         sections += ["<h2>What each layer is worth as attention</h2>", _worth_chart(result)]
         if result.worth.r_squared is not None:
-            note = escape(text.fit_reading(result.worth.r_squared))
+            note = escape(text.fit_reading(result))
             sections.append(f'<p class="soft">{note}</p>')
     sections += [
         "<h2>How the search went</h2>",

@@ -160,12 +160,15 @@ def placed_in_set(placement: Placement, result: StudyResult) -> str:
     return f"Pareto set of {names}: no layout of it is better, so this one belongs to it"
 
 
-def fit_reading(r_squared: float) -> str:
-    """How to read the additive fit."""
+def fit_reading(result: StudyResult) -> str:
+    """How to read the additive fit; only where there is one."""
+    # Where all layouts keep as many layers, what attention as such is worth cannot be told.
+    fixed = len({len(trial.layout.attention_layers) for trial in result.trials}) == 1
+    against = "keeping an average layer" if fixed else "replacing it"
     return (
-        "What keeping a layer brings is told against keeping an average layer, by an additive fit "
-        f"to all scored layouts: adjusted R² {r_squared:.2f}, where 1 would mean that layers do "
-        "not interact."
+        f"What keeping a layer brings is told against {against}, by an additive fit to all scored "
+        f"layouts: adjusted R² {result.worth.r_squared:.2f}, where 1 would mean that layers do not "
+        "interact."
     )
 
 
