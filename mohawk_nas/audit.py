@@ -261,11 +261,14 @@ def _distil(
     """Distil what there is time for: all seeds of a few layouts, then of the next."""
     config, reporter = bench.config, bench.reporter
     until = time.perf_counter() + 3600 * hours
+    # With attention everywhere there is nothing to distil.
+    scored = {t.layout: t.value for t in result.trials if t.layout.replaced_layers}
+    named = [("best", result.best.layout), *result.baselines.items()]
     chosen = list(
         choose_layouts(
-            {trial.layout: trial.value for trial in result.trials},
-            [("best", result.best.layout), *result.baselines.items()],
-            min(len(result.trials), layouts or len(result.trials)),
+            scored,
+            [(label, layout) for label, layout in named if layout in scored],
+            min(len(scored), layouts or len(scored)),
         )
     )
     needed = max(tokens, config.data.block_size)

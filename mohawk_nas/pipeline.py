@@ -10,6 +10,7 @@ With ``search.pareto`` each layout of the set has a folder in ``pareto/`` that h
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ from mohawk_nas.search.leases import Worker
 from mohawk_nas.search.result import Placement, StudyResult, Trial
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.storages import locate_study
-from mohawk_nas.search.study import run_study
+from mohawk_nas.search.study import check_search, run_study
 from mohawk_nas.search.workers import environments, run_crew
 from mohawk_nas.student import MixerSource, assemble
 from mohawk_nas.workbench import Workbench
@@ -106,8 +107,9 @@ def search(
 def _search(bench: Workbench, *, workers: int) -> tuple[StudyResult, Path]:
     config, reporter = bench.config, bench.reporter
     claim_identity(config.run_dir, bench.study_identity)
-    # With what was measured the budget may be impossible; told before the bank is trained.
-    if problems := bench.budget.problems(bench.space):
+    # With what was measured the budget, or a baseline's layout, may be impossible; told before the
+    # bank is trained.
+    if problems := check_search(config.search, space=bench.space, budget=bench.budget):
         raise ConfigError(problems)
     # What this teacher cannot be scored by is told before the bank is trained.
     study = bench.study
@@ -310,7 +312,7 @@ def _distill(
     if not best.layout.replaced_layers:
         raise RunError(
             f"{best.path}: its layout keeps attention in every layer, so there is nothing to "
-            "distil; lower budget.attention_layers and search again"
+            "distil; lower the study's budget and search again"
         )
     settings = {"layout": list(best.layout.candidates), "distill": plain(config)}
     if not force:
@@ -423,11 +425,10 @@ def _write_pareto_set(
         more = of_best if trial is result.best else {}
         _write_best(folder / name / "best.yaml", bench, result, trial, more)
     for former in sorted(set(folder.glob("*/best.yaml"))):
-        # What has been distilled stays.
-        alone = list(former.parent.iterdir()) == [former]
-        if former.parent.name not in members and alone:
-            former.unlink()
-            former.parent.rmdir()
+        # What has been distilled stays; a lock that nobody holds does not.
+        inside = [path for path in former.parent.iterdir() if not path.name.startswith(".")]
+        if former.parent.name not in members and inside == [former]:
+            shutil.rmtree(former.parent)
 
 
 def _write_best(

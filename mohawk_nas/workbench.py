@@ -174,7 +174,7 @@ class Workbench:
         """The split's recall probe, None if the teacher solves none."""
         if split not in self._probes:
             # As many questions to each block of a split on which layouts are compared.
-            blocks = len(self.blocks[split]) if split != "test" else 1
+            blocks = len(self.blocks[split]) if split in ("search", "validation") else 1
             sequences = -(-recall.NUM_SEQUENCES // blocks) * blocks
             self._probes[split] = recall.make_probe(self.teacher, split, num_sequences=sequences)
         return self._probes[split]

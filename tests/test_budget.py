@@ -1,16 +1,17 @@
 """Budgets beyond a fixed number of attention layers, and every strategy under them."""
 
+import dataclasses
 import itertools
 import math
 import random
 
 import pytest
 import torch
-from synthetic_search import SyntheticScorer, make_space
+from synthetic_search import SyntheticScorer, make, make_space
 from transformers import DynamicCache
 
 from mohawk_nas.config import BudgetConfig, CacheBudgetConfig, DecodeBudgetConfig
-from mohawk_nas.errors import ConfigError, LayoutError
+from mohawk_nas.errors import ConfigError, LayoutError, RunError
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.mixer import mixer_config
 from mohawk_nas.search import budget as budgets
@@ -18,6 +19,7 @@ from mohawk_nas.search.budget import Budget, DecodeTimes, Limit, make_budget
 from mohawk_nas.search.space import SearchSpace
 from mohawk_nas.search.strategies.surrogate import Codes, LinearModel, minimise
 from mohawk_nas.search.strategy import SearchContext, build_strategy, solve_local
+from mohawk_nas.search.study import run_study
 from mohawk_nas.student import assemble
 from mohawk_nas.teacher import Teacher
 from mohawk_nas.testing import perturb, tiny_model
@@ -279,6 +281,19 @@ def test_a_study_section_becomes_limits():
     assert [x.attention_layers for x in budget.enumerate(space)] == [(0,)]
     unmeasured = make_budget(config, space, [None] * 3, bytes_per_element=4, decode=None)
     assert unmeasured.count(space) == 4, "planning does not know the times"
+
+
+@pytest.mark.parametrize("limited_first", [True, False])
+def test_a_study_does_not_go_on_with_a_limit_more_or_less(tmp_path, limited_first):
+    config, space, budget = make(6, 2, trials=3)
+    cache = CacheBudgetConfig(mib=1.0, context=8)
+    limited = dataclasses.replace(config, budget=dataclasses.replace(config.budget, cache=cache))
+    first, second = (limited, config) if limited_first else (config, limited)
+    run_study(first, space, budget, SyntheticScorer(6), run_dir=tmp_path)
+    with pytest.raises(RunError, match=r"other settings: budget.cache.mib was"):
+        run_study(second, space, budget, SyntheticScorer(6), run_dir=tmp_path)
+    # As often as one likes with the same.
+    assert len(run_study(first, space, budget, SyntheticScorer(6), run_dir=tmp_path).trials) == 3
 
 
 # Strategies

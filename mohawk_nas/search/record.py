@@ -137,15 +137,20 @@ def _settings(config: StudyConfig, space: SearchSpace) -> dict[str, Any]:
     keys = ["seed", "budget.attention_layers"]
     keys += [f"search.{key}" for key in ("strategy", "objective", "baselines")]
     keys += [f"search.{key}" for key in ("tokens", "evaluation")]
-    # Only where they are given, so that studies from before there were these limits go on.
+    limits: dict[str, Any] = {}
     for limit in ("budget.cache.mib", "budget.decode.milliseconds"):
         section = limit.rpartition(".")[0]
-        if flat[limit] is not None:
-            keys += [limit, f"{section}.context", f"{section}.batch"]
-    return {key: flat[key] for key in keys} | {
-        # Studies from before it could be set hold none.
-        "search.pareto": flat["search.pareto"] or None,
-        "space.candidates": list(space.candidates),
-        "space.pinned": {str(layer): name for layer, name in sorted(space.pinned.items())},
-        "number of layers": space.num_layers,
-    }
+        for key in (limit, f"{section}.context", f"{section}.batch"):
+            # Studies from before there were these limits hold none.
+            limits[key] = None if flat[limit] is None else flat[key]
+    return (
+        {key: flat[key] for key in keys}
+        | limits
+        | {
+            # Studies from before it could be set hold none.
+            "search.pareto": flat["search.pareto"] or None,
+            "space.candidates": list(space.candidates),
+            "space.pinned": {str(layer): name for layer, name in sorted(space.pinned.items())},
+            "number of layers": space.num_layers,
+        }
+    )

@@ -337,6 +337,11 @@ class _Study:
     def run_rungs(self, distiller: Distiller) -> None:
         """Distil layouts, rung by rung, until nobody is left to climb."""
         recipe, told = rung_recipe(self._config.distill.logits), 0
+        if not all(trial.layout.replaced_layers for trial in self._ledger.trials):
+            self._reporter.say(
+                "the layout that keeps attention in every layer is left out of the rungs: it is "
+                "the teacher, and there is nothing to distil"
+            )
         self._ledger.note(RECIPE, recipe)
         while True:
             self._ledger.refresh()

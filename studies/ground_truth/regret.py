@@ -10,8 +10,9 @@ largest budget of stage 3. Where only some layouts are distilled, those drawn fr
 score's range stand for all of them. `optimum` is the pick of a perfect search by that objective,
 the floor that no strategy gets below but by luck.
 
-Intervals are bootstrapped over the text's blocks (KL) and the strategies' seeds; `p` is that of a
-paired difference to the reference strategy, after Holm for the number of comparisons. Picks that
+Intervals are bootstrapped over the text's blocks and the strategies' seeds, for recall over those
+seeds alone, so that where all picks are one layout there is none. `p` is that of the difference to
+the reference strategy, after Holm for the number of comparisons. Picks that
 are not distilled are counted, left out, and written to `--missing` for `table.py --layouts`.
 """
 
@@ -36,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mohawk_nas.config import OBJECTIVES, BudgetConfig, SearchConfig, SpaceConfig, StudyConfig
-from mohawk_nas.errors import DataError, MohawkError
+from mohawk_nas.errors import ConfigError, DataError, MohawkError, RunError
 from mohawk_nas.files import write_json
 from mohawk_nas.layout import Layout
 from mohawk_nas.search.budget import Budget
@@ -64,7 +65,9 @@ STRATEGIES = (
 )
 AFTER = (16, 64, 256)
 """Layouts after which a strategy's pick is taken; selectors end by themselves."""
-REPEATS = 1000
+TENTHS = 10
+"""Of the score's range, from each of which `table.py` draws."""
+REPEATS = 10_000
 """Of the bootstrap."""
 
 
@@ -77,8 +80,8 @@ class Truth:
     """Layout -> mean over the seeds of stage 3; lower is better."""
     blocks: Mapping[str, Array] | None
     """Layout -> the same by blocks of text."""
-    drawn: Sequence[str]
-    """Layouts that stand for all on the budget."""
+    drawn: Sequence[Sequence[str]]
+    """Layouts that stand for all on the budget: groups that stand for equal parts of it."""
 
     @cached_property
     def samples(self) -> dict[str, Array]:
@@ -91,13 +94,15 @@ class Truth:
 
     def regret(self, layout: str) -> float:
         best = min(self.values.values())
-        mean = statistics.fmean(self.values[name] for name in self.drawn)
+        means = [statistics.fmean(self.values[name] for name in part) for part in self.drawn]
+        mean = statistics.fmean(means)
         return (self.values[layout] - best) / (mean - best)
 
     @cached_property
     def _scale(self) -> tuple[Array, Array]:
         best = np.min(list(self.samples.values()), axis=0)
-        return best, np.mean([self.samples[name] for name in self.drawn], axis=0) - best
+        means = [np.mean([self.samples[name] for name in part], axis=0) for part in self.drawn]
+        return best, np.mean(means, axis=0) - best
 
     def regrets(self, layout: str) -> Array:
         """The same over resampled text, ``(REPEATS,)``."""
@@ -131,6 +136,8 @@ class GroundTruth:
         losses = next(row["losses"] for row in rows if row["kind"] == "stage2")
         num_layers = len(losses)
         kept = rows[0]["study"]["budget"]["attention_layers"]
+        if not isinstance(kept, int):
+            raise DataError(f"{path}: must be of an exact number of attention layers, not {kept}")
         zero_shot = sum(row["kind"] == "zero_shot" for row in rows)
         if zero_shot != (possible := math.comb(num_layers, kept)):
             raise DataError(
@@ -200,13 +207,7 @@ def _truths(distilled: Sequence[Mapping[str, Any]], *, complete: bool) -> list[T
     by_layout: dict[str, list[Mapping[str, Any]]] = {}
     for row in distilled:
         by_layout.setdefault(row["layout"], []).append(row)
-    drawn = [
-        name
-        for name, rows in by_layout.items()
-        if complete or any(why.startswith("tenth") for why in rows[0]["chosen_as"])
-    ]
-    if not drawn:
-        raise DataError("the table must hold distilled layouts drawn by chance, but has none")
+    drawn = _drawn_by_chance(by_layout, complete=complete)
     blocks = {
         name: np.mean([row["kl_blocks"] for row in rows], axis=0)
         for name, rows in by_layout.items()
@@ -217,6 +218,25 @@ def _truths(distilled: Sequence[Mapping[str, Any]], *, complete: bool) -> list[T
         lost = {name: -statistics.fmean(r["recall"] for r in x) for name, x in by_layout.items()}
         truths.append(Truth("recall", lost, None, drawn))
     return truths
+
+
+def _drawn_by_chance(
+    by_layout: Mapping[str, Sequence[Mapping[str, Any]]], *, complete: bool
+) -> list[list[str]]:
+    """Tenths of the score's range, with what was drawn from each; one group if all is there."""
+    if complete:
+        return [list(by_layout)]
+    tenths: dict[str, list[str]] = {}
+    for name, rows in by_layout.items():
+        for why in rows[0]["chosen_as"]:
+            if why.startswith("tenth "):
+                tenths.setdefault(why, []).append(name)
+    if len(tenths) < TENTHS:
+        raise DataError(
+            f"the table must hold distilled layouts drawn from all {TENTHS} tenths of the score's "
+            f"range, but has them from {len(tenths)}; distil more with table.py"
+        )
+    return list(tenths.values())
 
 
 def replay(
@@ -249,12 +269,14 @@ def default_study(
     table: GroundTruth, objective: Mapping[str, float], *, seeds: int, most: int
 ) -> list[Picks]:
     """A study's own baselines and then its strategy, as they come; probes are counted first."""
+    # One short of the whole space, which a study would enumerate instead.
+    most = min(most, table.budget.count(table.space) - 1)
     runs = [table.study(objective, seed=seed, trials=most) for seed in range(seeds)]
     found: list[Picks] = []
     for step in sorted({min(step, most) for step in AFTER}):
         picks, counts = [], []
         for run in runs:
-            trials = run.trials[: max(1, step - len(run.probes))]
+            trials = run.trials[:step]
             picks.append(_name(min(trials, key=lambda t: (t.value, t.number)).layout))
             counts.append(len(run.probes) + len(trials))
         # A study that has scored everything ends before.
@@ -273,20 +295,17 @@ def judge(picks: Picks, truth: Truth) -> dict[str, Any]:
     }
     if known:
         regrets = [truth.regret(pick) for pick in known]
-        low, high = np.quantile(_drawn(known, truth), [0.025, 0.975])
-        found |= {
-            "regret": statistics.fmean(regrets),
-            "low": float(low),
-            "high": float(high),
-            "worst": max(regrets),
-        }
+        found |= {"regret": statistics.fmean(regrets), "worst": max(regrets)}
+        if truth.blocks is not None or len(set(known)) > 1:
+            drawn = _drawn(known, truth, np.random.default_rng(1))
+            found |= dict(zip(("low", "high"), np.quantile(drawn, [0.025, 0.975]), strict=True))
     return found
 
 
-def _drawn(known: Sequence[str], truth: Truth) -> Array:
+def _drawn(known: Sequence[str], truth: Truth, rng: np.random.Generator) -> Array:
     """Mean regret over resampled seeds of the strategy and resampled text, ``(REPEATS,)``."""
     each = np.stack([truth.regrets(pick) for pick in known])
-    places = np.random.default_rng(1).integers(len(known), size=(REPEATS, len(known)))
+    places = rng.integers(len(known), size=(REPEATS, len(known)))
     return np.array(each[places, np.arange(REPEATS)[:, None]].mean(axis=1))
 
 
@@ -300,11 +319,14 @@ def compare(
     found = {}
     for other in others:
         known = [pick for pick in other.picks if pick in truth.values]
-        if known:
+        # Without blocks only seeds vary, and of one pick nothing does.
+        varies = truth.blocks is not None or (len(set(base)) > 1 and len(set(known)) > 1)
+        if known and varies:
             # The same text for both; their seeds have nothing to do with each other.
-            differences = _drawn(base, truth) - _drawn(known, truth)
-            tail = min((differences <= 0).mean(), (differences >= 0).mean())
-            found[other.strategy, other.layouts] = min(1.0, 2 * float(tail))
+            one, two = np.random.default_rng(1), np.random.default_rng(2)
+            differences = _drawn(base, truth, one) - _drawn(known, truth, two)
+            fewer = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+            found[other.strategy, other.layouts] = min(1.0, 2 * (fewer + 1) / (REPEATS + 1))
     corrected, most = {}, 0.0
     for rank, (key, p) in enumerate(sorted(found.items(), key=lambda item: item[1])):
         most = max(most, min(1.0, (len(found) - rank) * p))
@@ -342,17 +364,27 @@ def run(arguments: Sequence[str] | None) -> None:
         table = GroundTruth.read(path)
         for text in options.by:
             objective = _objective(text)
+            known = next(iter(table.scores.values()))
+            if unknown := [name for name in objective if name not in known]:
+                raise DataError(
+                    f"--by: {unknown[0]!r} must be a score of {path}, which has {', '.join(known)}"
+                )
             runs = [Picks("optimum", table.budget.count(table.space), [table.optimum(objective)])]
             runs += default_study(table, objective, seeds=options.seeds, most=options.most)
             for choice in map(yaml.safe_load, options.strategies):
                 try:
                     runs += replay(table, objective, choice, seeds=options.seeds, most=options.most)
-                except DataError as e:
+                except (DataError, RunError, ConfigError) as e:
                     console.print(f"{choice}: left out, {e}")
             for truth in table.truths:
                 missing |= dict.fromkeys(x for run in runs for x in run.picks)
                 missing = {x: None for x in missing if x not in truth.values}
                 reference = [run for run in runs if run.strategy == options.reference]
+                if not reference:
+                    raise DataError(
+                        f"--reference: must be one of {', '.join({r.strategy: 0 for r in runs})}, "
+                        f"but is {options.reference!r}"
+                    )
                 p = compare(reference[-1], [r for r in runs if r not in reference], truth)
                 rows = [
                     judge(run, truth) | {"p": p.get((run.strategy, run.layouts))} for run in runs
@@ -396,7 +428,7 @@ def show(outcome: Mapping[str, Any], console: Console) -> None:
     for row in outcome["rows"]:
         figures = ["", "", ""]
         if "regret" in row:
-            interval = f"{row['low']:.1%} to {row['high']:.1%}"
+            interval = f"{row['low']:.1%} to {row['high']:.1%}" if "low" in row else ""
             figures = [f"{row['regret']:.1%}", interval, f"{row['worst']:.1%}"]
         p = "" if row["p"] is None else f"{row['p']:.3f}"
         table.add_row(
