@@ -88,6 +88,17 @@ def test_an_audit_goes_on_and_reports(study, tmp_path):
     assert (report.layouts, report.seeds) == (20, 2)
 
 
+def test_the_teacher_itself_is_not_audited(tmp_path):
+    config = make_study(tmp_path, "budget.attention_layers={at_most: 4}", "search.trials=16")
+    result, _ = search(config)
+    # The whole space, of which the best keeps everything.
+    assert len(result.trials) == 16 and not result.best.layout.replaced_layers
+    report, _ = audit(config, hours=1, tokens=256, seeds=1)
+    assert report.layouts == 15 and report.best.replaced_layers
+    (trust,) = report.trusts
+    assert trust.regret is None, "what the search chose was not distilled"
+
+
 def test_tokens_of_less_than_a_step_are_refused(study, tmp_path):
     config = dataclasses.replace(study, output=str(tmp_path))
     search(config)

@@ -672,7 +672,7 @@ def test_distil_a_layout_without_replaced_layers(run, refuse):
     (run / "best.yaml").write_text(yaml.safe_dump(best))
     assert refuse("distill", run) == (
         f"{run}/best.yaml: its layout keeps attention in every layer, so there is nothing to "
-        "distil; lower budget.attention_layers and search again"
+        "distil; lower the study's budget and search again"
     )
 
 
