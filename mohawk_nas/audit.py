@@ -20,7 +20,6 @@ from typing import Any, Literal
 import numpy as np
 
 from mohawk_nas.config import StudyConfig, plain
-from mohawk_nas.data import load_blocks
 from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.errors import ConfigError, RunError
 from mohawk_nas.files import RowFile, read_json, write_json
@@ -271,8 +270,7 @@ def _distil(
             min(len(scored), layouts or len(scored)),
         )
     )
-    needed = max(tokens, config.data.block_size)
-    train = load_blocks(config.data, bench.teacher.tokenizer, needed={"bank": needed})["bank"]
+    train = bench.training_text(tokens)
     recipe = dataclasses.replace(config.distill.logits, tokens=tokens)
     bench.bank.train(bench.space.replaceable, reporter=reporter)
     measure, at_once = measure_on(bench, "validation"), students_at_once(bench.teacher)

@@ -137,6 +137,11 @@ class Workbench:
         }
         return load_blocks(data, self.teacher.tokenizer, needed=needed)
 
+    def training_text(self, tokens: int) -> TokenBlocks:
+        """Text of the bank split for so many tokens of stage 3, a block at least."""
+        needed = {"bank": max(tokens, self.config.data.block_size)}
+        return load_blocks(self.config.data, self.teacher.tokenizer, needed=needed)["bank"]
+
     @cached_property
     def bank(self) -> Bank:
         return Bank(
@@ -344,7 +349,7 @@ class _Distiller:
         self.scorer.release()
         config = dataclasses.replace(bench.config.distill.logits, tokens=tokens)
         # A rung's text does not depend on which other rungs there are.
-        train = load_blocks(bench.config.data, bench.teacher.tokenizer, needed={"bank": tokens})
+        train = bench.training_text(tokens)
         pairs = sorted({(i, layout[i]) for layout in layouts for i in layout.replaced_layers})
         keep = bench.config.search.evaluation == "bank"
         began = time.perf_counter()
@@ -355,7 +360,7 @@ class _Distiller:
             bench.teacher,
             layouts,
             bench.bank,
-            train=train["bank"],
+            train=train,
             config=config,
             seed=bench.config.seed,
             measure=self._measure,

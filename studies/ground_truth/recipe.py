@@ -30,7 +30,6 @@ from table import all_or_some, name_of, numbers
 
 from mohawk_nas.audit import measure_on
 from mohawk_nas.config import LogitsConfig, StudyConfig, load_study
-from mohawk_nas.data import load_blocks
 from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.errors import InputError, MohawkError
 from mohawk_nas.files import RowFile
@@ -92,8 +91,7 @@ def measure_all(config: StudyConfig, rows: RowFile, args: argparse.Namespace) ->
     del scorer
     places = np.linspace(0.1, 0.9, args.layouts) * (len(ranked) - 1)
     layouts = [ranked[round(place)] for place in places]
-    longest = max(*args.tokens, config.data.block_size)
-    train = load_blocks(config.data, bench.teacher.tokenizer, needed={"bank": longest})["bank"]
+    train = bench.training_text(max(args.tokens))
     measure, at_once = measure_on(bench, "validation"), students_at_once(bench.teacher)
     for recipe in ["undistilled", *args.recipes]:
         for tokens in [0] if recipe == "undistilled" else sorted(args.tokens):

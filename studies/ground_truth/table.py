@@ -34,7 +34,6 @@ from typing import Any
 
 from mohawk_nas.audit import choose_layouts, measure_on, swaps
 from mohawk_nas.config import OBJECTIVES, StudyConfig, load_study, plain
-from mohawk_nas.data import load_blocks
 from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.errors import InputError, MohawkError
 from mohawk_nas.files import RowFile
@@ -287,8 +286,7 @@ def distil(
 ) -> None:
     """Every budget and seed that a chosen layout lacks, small budgets first."""
     config, reporter = bench.config, bench.reporter
-    longest = max(*args.tokens, config.data.block_size)
-    train = load_blocks(config.data, bench.teacher.tokenizer, needed={"bank": longest})["bank"]
+    train = bench.training_text(max(args.tokens))
     at_once = args.at_once or students_at_once(bench.teacher)
     test = measure_on(bench, "test")
 
