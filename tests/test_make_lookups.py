@@ -1,5 +1,6 @@
 import importlib
 import json
+import lzma
 import re
 from pathlib import Path
 
@@ -70,6 +71,25 @@ def test_the_same_seed_writes_the_same(make_lookups, tmp_path, lookups):
     first = json.loads((tmp_path / "b").read_text().splitlines()[0])["text"]
     assert first == lookups[0]
     assert (tmp_path / "c").read_text() != (tmp_path / "b").read_text()
+
+
+def test_lookups_stand_among_other_text(make_lookups, tmp_path):
+    out = tmp_path / "mixed.jsonl"
+    assert make_lookups(["--among", str(TEXT), "--share", "0.3", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    lookups = [row for row in rows if row["source"].startswith("lookups ")]
+    assert len({row["source"] for row in lookups}) == len(lookups) > 100
+    assert all(pairs_of(row["text"]) for row in lookups)
+    with lzma.open(TEXT, "rt") as given:
+        others = [row for row in rows if row not in lookups]
+        assert others == [json.loads(line) for line in given]
+    # So everywhere, whatever part of the text a split takes.
+    for half in (rows[: len(rows) // 2], rows):
+        size = sum(len(row["text"]) for row in half)
+        share = sum(len(row["text"]) for row in half if row in lookups) / size
+        assert 0.29 < share < 0.31
+    assert make_lookups(["--out", str(out)]) == 2
+    assert make_lookups(["--among", str(TEXT), "--share", "1", "--out", str(out)]) == 2
 
 
 def test_too_few_words(make_lookups, tmp_path, capsys):

@@ -3,16 +3,15 @@
     python studies/assets/make_lookups.py --words 'corpus/train-*.jsonl.xz' --out lookups.jsonl
 
 Prose alone hardly asks a student to look anything up, so distilling on it forgets recall that the
-bank still had. A study that takes some of its text from here does not:
+bank still had. `--among` writes the lookups in between other documents, so that every split of a
+study whose `data.source` is the new file holds `--share` of them:
 
-    data:
-      mixture:
-        - {source: 'corpus/train-*.jsonl.xz', weight: 0.85}
-        - {source: lookups.jsonl, weight: 0.15}
+    python studies/assets/make_lookups.py --among studies/assets/text/quickstart.jsonl.xz \\
+        --share 0.25 --out text-with-lookups.jsonl
 
 A document lists pairs of words in one of a few notations and then repeats some of them in any
 order. None of the notations is one that recall is measured with. Words are the most frequent ones
-of `--words`, which is JSON lines with a `text` field, plain or compressed.
+of `--words`, or of what they stand among: JSON lines with a `text` field, plain or compressed.
 """
 
 import argparse
@@ -21,10 +20,14 @@ import math
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
-from train_teacher import InputError, count, documents, matching_files
+from train_teacher import InputError, count, documents, fraction, matching_files, records
+
+from mohawk_nas.files import atomic_write
 
 NOTATIONS = ("{} -> {}; ", "| {} | {} |\n", "{} means {}. ", "{}/{} ", "[{}] {}\n", "'{}', '{}'\n")
 FEWEST_PAIRS, MOST_PAIRS = 4, 128
@@ -37,23 +40,57 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--words", nargs="+", required=True, help="text whose words are used")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--size", type=count, default=16_000_000, help="characters, such as 16M")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--words", nargs="+", help="text whose words are used; that of --among")
+    add("--out", type=Path, required=True)
+    add("--size", type=count, default=16_000_000, help="characters, such as 16M; not with --among")
+    add("--among", nargs="+", help="text that the lookups are put in between")
+    add("--share", type=fraction, default=0.25, help="of the characters, with --among")
+    add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        words = frequent_words(matching_files("--words", args.words))
+        if not (args.words or args.among):
+            raise InputError("--words or --among must be given, but neither is")
+        if not 0 < args.share < 1:
+            raise InputError(f"--share must be between 0 and 1, but is {args.share}")
+        words = frequent_words(matching_files("--words", args.words or args.among))
+        rng = Random(args.seed)
+        rows = alone(words, rng, args.size)
+        if args.among:
+            rows = among(records(matching_files("--among", args.among)), words, rng, args.share)
+        with atomic_write(args.out) as beside, beside.open("w", encoding="utf-8") as out:
+            out.writelines(json.dumps(row) + "\n" for row in rows)
     except InputError as error:
         print(f"make_lookups: error: {error}", file=sys.stderr)
         return 2
-    rng, written = Random(args.seed), 0
-    with args.out.open("w", encoding="utf-8") as out:
-        while written < args.size:
-            text = document(words, rng)
-            out.write(json.dumps({"text": text}) + "\n")
-            written += len(text)
     return 0
+
+
+def alone(words: list[str], rng: Random, size: int) -> Iterator[dict[str, str]]:
+    """Lookups of so many characters."""
+    written = 0
+    while written < size:
+        text = document(words, rng)
+        yield {"text": text}
+        written += len(text)
+
+
+def among(
+    others: Iterable[dict[str, Any]], words: list[str], rng: Random, share: float
+) -> Iterator[dict[str, Any]]:
+    """Other records as they come, and lookups wherever less than the share was written of them.
+
+    Lookups name themselves in every field that a document may be named by.
+    """
+    of_lookups, of_others, number = 0, 0, 0
+    for other in others:
+        yield other
+        of_others += len(other["text"])
+        while of_lookups * (1 - share) < of_others * share:
+            text = document(words, rng)
+            name = f"lookups {number}"
+            yield {key: name for key in other if isinstance(other[key], str)} | {"text": text}
+            of_lookups, number = of_lookups + len(text), number + 1
 
 
 def frequent_words(files: list[str]) -> list[str]:

@@ -170,13 +170,17 @@ def matching_files(option: str, patterns: list[str]) -> list[str]:
 
 
 def documents(files: list[str]) -> Iterator[str]:
+    return (record["text"] for record in records(files))
+
+
+def records(files: list[str]) -> Iterator[dict]:
     # The parser prints what it also raises.
     datasets_logging.set_verbosity(datasets_logging.CRITICAL)
     try:
         for record in load_dataset("json", data_files=files, split="train", streaming=True):
             if not isinstance(record.get("text"), str):
                 raise InputError(f"{files[0]}: each record must have a string in `text`")
-            yield record["text"]
+            yield record
     except InputError:
         raise
     # Every parser and decompressor has errors of its own; a file without records is StopIteration.

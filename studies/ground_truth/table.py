@@ -12,8 +12,8 @@ the KL's range. Another bank is another seed of the study: `seed=1` on the comma
 The table is a file of JSON lines, written as it is made; the same command goes on where it was
 stopped. The first line says what it was made with; `"kind": "zero_shot"` lines hold a layout's
 objectives, `"kind": "probe"` lines those of a layout that a selector looked at off the budget,
-`"kind": "stage2"` lines each layer's stage-2 loss, `"kind": "distilled"` lines a layout's figures
-after so many tokens of stage 3.
+the `"kind": "picks"` line what the selectors chose, the `"kind": "stage2"` line each layer's
+stage-2 loss, `"kind": "distilled"` lines a layout's figures after so many tokens of stage 3.
 
 `--layouts` names a file of further layouts to distil, one a line as `4,10,16,22`: what strategies
 pick when they are replayed on the table (`regret.py --missing`).
@@ -245,15 +245,26 @@ def choose(
     for name in (n for n in OBJECTIVES if n in rows[0]):
         best = min(rows, key=lambda row: (row[name], row["layout"]))
         named.append((f"best {name}", layouts[best["layout"]]))
-    named += picks(bench, scorer)
+    named += picks(bench, scorer, table)
     neighbours = list(swaps(min(scored, key=scored.__getitem__), bench.space.free_layers))
     chosen = choose_layouts(scored, named, count, neighbours=neighbours)
     return [(why, layout) for layout, why in chosen.items()]
 
 
-def picks(bench: Workbench, scorer: Probing) -> Iterator[tuple[str, Layout]]:
-    """What each selector of the study names, led by KL."""
+def picks(bench: Workbench, scorer: Probing, table: RowFile) -> list[tuple[str, Layout]]:
+    """What each selector of the study names, led by KL; the table keeps it.
 
+    Gates learnt again may name others, and processes that share the work must agree.
+    """
+    row = {"kind": "picks", "bank_seed": bench.config.seed}
+    if not any(table.find(**row)):
+        named = [[label, name_of(layout)] for label, layout in _picks(bench, scorer)]
+        table.add(row | {"named": named})
+    (found,) = table.find(**row)
+    return [(label, bench.space.parse(text)) for label, text in found["named"]]
+
+
+def _picks(bench: Workbench, scorer: Probing) -> Iterator[tuple[str, Layout]]:
     def learn_gates(*, restarts: int, **choices: Any) -> list[Mapping[int, float]]:
         seeds = [trial_seed(bench.config.seed, n, "gates") for n in range(1, restarts + 1)]
         return [bench.learn_gates(seed=seed, **choices).worth for seed in seeds]
