@@ -98,6 +98,21 @@ def test_what_selectors_looked_at_is_kept(table, study, tmp_path):
     assert rows_of(out) == rows
 
 
+def test_picks_are_found_once(table, study, tmp_path, monkeypatch):
+    path, _ = study
+    out = tmp_path / "picks.jsonl"
+    assert table.main([str(path), "--out", str(out), "--picks"]) == 0
+    (found,) = (row for row in rows_of(out) if row["kind"] == "picks")
+    assert {"uniform/0", "stage2_rank"} <= {label for label, _ in found["named"]}
+    assert not any(row["kind"] == "zero_shot" for row in rows_of(out))
+    # Whoever comes later takes them from the table.
+    monkeypatch.setattr(table, "_picks", None)
+    assert table.main([str(path), "--out", str(out), "--distil", "5"]) == 0
+    rows = [row for row in rows_of(out) if row["kind"] == "distilled"]
+    chosen = {why: row["layout"] for row in rows for why in row["chosen_as"]}
+    assert all(chosen[label] == layout for label, layout in found["named"])
+
+
 def test_layouts_can_be_asked_for(table, study, tmp_path, capsys):
     path, _ = study
     out, asked = tmp_path / "asked.jsonl", tmp_path / "asked.txt"

@@ -4,8 +4,9 @@
         --tokens 1M,4M
 
 The study is the table's, and `--try` names what differs from its `distill.logits`. Some layouts of
-the budget are scored undistilled; those distilled stand at equal distances in the middle eight
-tenths of their order. They are measured on the validation split, since a recipe chosen by the test
+the budget are scored undistilled; those distilled stand at equal distances in a part of their order
+by `--by`, the middle eight tenths of KL unless told. Most layouts recall nothing, so a recipe that
+keeps recall is found among the best by it: `--by recall --between 0,0.03`. They are measured on the validation split, since a recipe chosen by the test
 split would flatter what is tested. Of each recipe and budget: mean KL and recall, the change of KL
 in each layout, and the rank correlation with the recipe's largest budget. The rows are written to
 `--out`, and the same command goes on where it was stopped.
@@ -39,9 +40,6 @@ from mohawk_nas.search.objectives import BankScorer
 from mohawk_nas.search.statistics import spearman
 from mohawk_nas.workbench import Workbench
 
-SCORED = 200
-"""Layouts from whose order some are taken."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -52,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("overrides", nargs="*", help="changes to the study, e.g. seed=1")
     add("--try", dest="recipes", nargs="+", default=[""], help="e.g. lr=1e-3,batch_size=4")
     add("--tokens", type=numbers, default=[1_048_576], help="budgets of stage 3, e.g. 1M,4M")
-    add("--layouts", type=int, default=8)
+    add("--layouts", type=int, default=8, help="to distil")
+    add("--scored", type=int, default=200, help="layouts from whose order these are taken")
+    add("--by", choices=["kl", "recall"], default="kl", help="what orders them, best first")
+    add("--between", type=shares, default=(0.1, 0.9), help="part of the order, 0 is the best")
     add("--seeds", type=numbers, default=[0], help="of stage 3, e.g. 0,1")
     add("--out", type=Path, help="studies/ground_truth/recipe_NAME.jsonl")
     args = parser.parse_intermixed_args(argv)
@@ -72,24 +73,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def shares(text: str) -> tuple[float, float]:
+    first, last = map(float, text.split(","))
+    if not 0 <= first < last <= 1:
+        raise ValueError(text)
+    return first, last
+
+
 def measure_all(config: StudyConfig, rows: RowFile, args: argparse.Namespace) -> None:
     """Every recipe, budget and seed that the rows lack."""
     reporter = screen.reporter()
     bench = Workbench(config, reporter)
     bench.bank.train(bench.space.replaceable, reporter=reporter)
+    probe = bench.probe("search") if args.by == "recall" else None
+    if args.by == "recall" and probe is None:
+        raise InputError("--by recall: the teacher must solve a recall probe, but solves none")
     scorer = BankScorer(
         bench.teacher,
         bench.bank,
         bench.blocks["search"],
         pairs=bench.space.replaceable,
-        weights={"kl": 1.0},
+        weights={args.by: 1.0},
+        probe=probe,
         batch_size=config.search.batch_size,
     )
-    scored = {layout: scorer.score(layout).mean("kl") for layout in all_or_some(bench, SCORED)}
+    some = all_or_some(bench, args.scored)
+    scored = {layout: scorer.score(layout).mean(args.by) for layout in some}
     ranked = sorted(scored, key=scored.__getitem__)
     # Its memory is the students'.
     del scorer
-    places = np.linspace(0.1, 0.9, args.layouts) * (len(ranked) - 1)
+    places = np.linspace(*args.between, args.layouts) * (len(ranked) - 1)
     layouts = [ranked[round(place)] for place in places]
     train = bench.training_text(max(args.tokens))
     measure, at_once = measure_on(bench, "validation"), students_at_once(bench.teacher)

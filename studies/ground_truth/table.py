@@ -73,6 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("overrides", nargs="*", help="changes to the study, e.g. seed=1")
     add("--out", type=Path, help="table; studies/ground_truth/NAME.jsonl")
     add("--zero-shot", type=int, help="score so many layouts, drawn at random; all")
+    add("--picks", action="store_true", help="find what selectors pick, and nothing else")
     add(
         "--distil",
         type=int,
@@ -141,6 +142,9 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
     if not any(table.find(kind="stage2", bank_seed=config.seed)):
         losses = {str(layer): loss for (layer, _), loss in scorer.stage2_losses().items()}
         table.add({"kind": "stage2", "bank_seed": config.seed, "losses": losses})
+    if args.picks:
+        picks(bench, probing(bench, scorer, table), table)
+        return
     layouts = all_or_some(bench, args.zero_shot)
     known = {row["layout"] for row in table.find(kind="zero_shot", bank_seed=config.seed)}
     mine = [x for x in layouts[args.part[0] :: args.part[1]] if name_of(x) not in known]
