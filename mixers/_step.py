@@ -94,7 +94,8 @@ def plain_step(
     decay = torch.exp(-F.softplus(a.float()).clamp_min(sizes.min_step))
     ssm.mul_(decay[..., None, None]).add_(b[..., :, None] * x[..., None, :])
     y = (c[..., None, :] @ ssm).squeeze(-2) + skip.float()[:, None] * x
-    return (y.flatten(1) * F.silu(gate.float())).to(projected.dtype)
+    gated: Tensor = y.flatten(1) * F.silu(gate.float())
+    return gated.to(projected.dtype)
 
 
 def _kernels(projected: Tensor, sizes: StepSizes) -> SimpleNamespace | None:

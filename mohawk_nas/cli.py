@@ -238,7 +238,8 @@ def bench(
     suites: Annotated[
         list[str] | None,
         typer.Argument(
-            help="scan, matrix, bank, trials, distill (all of these if none is named), search.",
+            help="scan, matrix, bank, trials, distill (all of these if none is named), search, "
+            "inference.",
             metavar="[SUITE]...",
         ),
     ] = None,
@@ -271,6 +272,15 @@ def bench(
         Path | None,
         typer.Option(help="search: its folder; the same command goes on where it was stopped."),
     ] = None,
+    contexts: Annotated[
+        str | None, typer.Option(help="inference: tokens a sequence; 512,2048,8192,32768.")
+    ] = None,
+    batches: Annotated[
+        str | None, typer.Option(help="inference: sequences; 1,8,32,128,256.")
+    ] = None,
+    cell_seconds: Annotated[
+        float, typer.Option(help="inference: time for one context and batch.", min=0.0)
+    ] = 20.0,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results file.")] = False,
 ) -> None:
     """Measure this machine: random weights of a model's shape, random tokens."""
@@ -293,6 +303,9 @@ def bench(
         stage2_tokens=stage2_tokens,
         checkpoint_steps=checkpoint_steps,
         work=work,
+        contexts=_numbers("--contexts", contexts),
+        batches=_numbers("--batches", batches),
+        cell_seconds=cell_seconds,
     )
     _quiet()
     from mohawk_nas.bench.runner import results_path, run_benchmarks
@@ -320,6 +333,18 @@ def _load(study: Path, overrides: Sequence[str] | None) -> StudyConfig:
     config = load_study(study, overrides or ())
     _quiet()
     return config
+
+
+def _numbers(where: str, text: str | None) -> tuple[int, ...] | None:
+    """Numbers with commas between them."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"{where}: must be numbers with commas between them, such as 512,8192, but got {text!r}"
+        ) from None
 
 
 def _quiet() -> None:

@@ -201,19 +201,22 @@ class Decoder:
 
     @torch.no_grad()
     def pretend(self, length: int) -> None:
-        """Fill the buffers as ``length`` tokens of every sequence would, with random numbers.
+        """Stand as after ``length`` tokens of every sequence, with anything in the buffers.
 
-        For measuring: what is held does not change how long a step takes.
+        For measuring: what is held does not change how long a step takes. The first time as many
+        tokens are run as go through the model at a time, and the buffers are filled with random
+        numbers.
 
         Args:
-            length: Less than ``max_length``.
+            length: From 1 to ``max_length``.
         """
-        self.reset()
-        self.prefill(torch.zeros((self.batch, 1), dtype=torch.long))
-        generator = torch.Generator(self.device).manual_seed(0)
-        for layer in self._layers:
-            for tensor in layer.held():
-                tensor.normal_(generator=generator)
+        if not self.cache_bytes:
+            tokens = torch.zeros((self.batch, min(self._chunk, length)), dtype=torch.long)
+            self.prefill(tokens)
+            generator = torch.Generator(self.device).manual_seed(0)
+            for layer in self._layers:
+                for tensor in layer.held():
+                    tensor.normal_(generator=generator)
         self._filled = length
         self._place.fill_(length)
 
@@ -222,6 +225,8 @@ class Decoder:
         for step in self._steps.values():
             step.release()
         self._steps.clear()
+        for layer in self._layers:
+            layer.release()
         self._layers.clear()
         self._logits = None
         self._model = None
@@ -452,6 +457,9 @@ class _Attention:
     def reset(self) -> None:
         """Nothing to do: what is not filled is not looked at."""
 
+    def release(self) -> None:
+        self._keys = self._values = None
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, window: int | None
     ) -> Tensor:
@@ -483,9 +491,12 @@ class _Attention:
         self, query: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int | None
     ) -> Tensor:
         where, count = self._where, query.shape[2]
-        options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != keys.shape[1]}
+        groups = query.shape[1] // keys.shape[1]
+        options: dict[str, Any] = {"scale": scaling, "enable_gqa": groups > 1}
         if where.padded or (window is not None and window < where.stop):
-            options["attn_mask"] = where.seen(window)
+            options = {"scale": scaling, "attn_mask": where.seen(window)}
+            # Kernels that take a mask know no groups, and what is left would keep all scores.
+            keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
         elif count == where.stop:
             options["is_causal"] = True
         elif count > 1:
@@ -518,6 +529,9 @@ class _Recurrent(nn.Module):
 
     def reset(self) -> None:
         self._state = self.mixer.new_state()
+
+    def release(self) -> None:
+        self._state, self._places = self.mixer.new_state(), {}
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         if self._where.is_step:
