@@ -201,24 +201,25 @@ def evaluate(target: Run) -> None:
 @app.command()
 def generate(
     target: Run,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[
+        list[str], typer.Option(help="Text to continue; give several, and all are decoded at once.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
 ) -> None:
-    """Continue a text with a distilled or exported hybrid."""
+    """Continue texts with a distilled or exported hybrid."""
     from mohawk_nas.evaluate import continue_text, find_target
 
     _quiet()
-    typer.echo(
-        continue_text(
-            find_target(target),
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
+    texts = continue_text(
+        find_target(target),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
     )
+    typer.echo("\n\n".join(texts))
 
 
 @app.command()

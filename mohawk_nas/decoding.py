@@ -39,7 +39,7 @@ from mohawk_nas.kernels.decode_attention import (
 from mohawk_nas.mixer import Mixer
 from mohawk_nas.student import MixerSlot
 
-__all__ = ["Decoder", "decode_obstacle", "sample"]
+__all__ = ["Decoder", "continue_tokens", "decode_obstacle", "sample"]
 
 PREFILL_TOKENS = 16_384
 """Tokens, of all sequences together, that run through the model at a time."""
@@ -49,6 +49,29 @@ BUCKET = 256
 
 LOOK_EVERY = 16
 """Tokens between two looks at whether all sequences have ended."""
+
+DEFAULT_TOP_K = 50
+"""What ``generate()`` samples from where a model's own settings say nothing."""
+
+# Settings of generation that sample() knows, or that change no token.
+_KNOWN_SETTINGS = frozenset(
+    [
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "max_length",
+        "max_new_tokens",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "_from_model_config",
+        "transformers_version",
+    ]
+)
 
 _NAME = "mohawk_nas_decoding"
 
@@ -392,6 +415,60 @@ def sample(
         lengths = (is_end.cumsum(1) - is_end.long() == 0).sum(1)
         added = added[:, : int(lengths.max())]
     return torch.cat([tokens, added], dim=1)
+
+
+def continue_tokens(
+    model: Any,
+    tokens: Tensor,
+    *,
+    mask: Tensor,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    pad_token_id: int = 0,
+) -> Tensor:
+    """What ``generate()`` makes of a batch: by :func:`sample` where it can, else by ``generate()``.
+
+    The model's own generation settings hold.
+
+    Args:
+        model: A causal LM.
+        tokens: ``(B, T)``, padded on the left.
+        mask: True at real tokens, ``(B, T)``.
+        max_new_tokens: At most so many are added.
+        temperature: Of the sampling; 0 takes the likeliest token.
+        pad_token_id: Stands behind the end of a sequence.
+
+    Returns:
+        ``(B, T + new tokens)``
+    """
+    settings = model.generation_config
+    unknown = settings.to_diff_dict().keys() - _KNOWN_SETTINGS
+    if unknown or decode_obstacle(model) is not None:
+        sampling: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature:
+            sampling["temperature"] = temperature
+        return model.generate(  # type: ignore[no-any-return]
+            tokens,
+            attention_mask=mask.long(),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad_token_id,
+            **sampling,
+        )
+    decoder = Decoder(model, batch=tokens.shape[0], max_length=tokens.shape[1] + max_new_tokens)
+    try:
+        return sample(
+            decoder,
+            tokens,
+            mask=mask,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=DEFAULT_TOP_K if settings.top_k is None else settings.top_k,
+            top_p=settings.top_p,
+            eos_token_id=settings.eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+    finally:
+        decoder.release()
 
 
 class _Where:

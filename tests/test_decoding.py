@@ -9,7 +9,7 @@ from moving_average import MovingAverageConfig
 from test_student import FreshMixers, batch, layout_of, positions, student_of, teacher_of
 
 from mohawk_nas import decoding
-from mohawk_nas.decoding import Decoder, decode_obstacle, sample
+from mohawk_nas.decoding import Decoder, continue_tokens, decode_obstacle, sample
 from mohawk_nas.errors import MixerError
 from mohawk_nas.kernels.decode_attention import decode_attention, pick_backend
 from mohawk_nas.layout import ATTENTION
@@ -147,6 +147,31 @@ def test_sequences_end_where_those_of_generate_do():
         assert torch.equal(found, expected)
         lengths.add(found.shape[1])
     assert min(lengths) < 17
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("setting", [{}, {"top_k": 6}, {"repetition_penalty": 3.0}], ids=str)
+@torch.no_grad()
+def test_settings_of_a_model_hold(setting, temperature, monkeypatch):
+    student, inputs = student_of("phi", "AMAM"), batch(padded=True)
+    for name, value in setting.items():
+        setattr(student.generation_config, name, value)
+    made = []
+    monkeypatch.setattr(decoding, "sample", lambda *a, **k: made.append(0) or sample(*a, **k))
+    torch.manual_seed(2)
+    found = continue_tokens(
+        student,
+        inputs["input_ids"],
+        mask=inputs["attention_mask"].bool(),
+        max_new_tokens=8,
+        temperature=temperature,
+    )
+    # Only transformers knows all there is.
+    assert len(made) == ("repetition_penalty" not in setting)
+    way = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    torch.manual_seed(2)
+    expected = student.generate(**inputs, max_new_tokens=8, **way)
+    assert torch.equal(found, expected)
 
 
 # What it leaves alone, and what it holds
