@@ -54,24 +54,11 @@ DEFAULT_TOP_K = 50
 """What ``generate()`` samples from where a model's own settings say nothing."""
 
 # Settings of generation that sample() knows, or that change no token.
-_KNOWN_SETTINGS = frozenset(
-    [
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "max_length",
-        "max_new_tokens",
-        "use_cache",
-        "output_attentions",
-        "output_hidden_states",
-        "_from_model_config",
-        "transformers_version",
-    ]
-)
+_KNOWN_SETTINGS = """
+    bos_token_id eos_token_id pad_token_id do_sample temperature top_k top_p max_length
+    max_new_tokens use_cache output_attentions output_hidden_states _from_model_config
+    transformers_version
+"""
 
 _NAME = "mohawk_nas_decoding"
 
@@ -442,7 +429,7 @@ def continue_tokens(
         ``(B, T + new tokens)``
     """
     settings = model.generation_config
-    unknown = settings.to_diff_dict().keys() - _KNOWN_SETTINGS
+    unknown = settings.to_diff_dict().keys() - set(_KNOWN_SETTINGS.split())
     if unknown or decode_obstacle(model) is not None:
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature:
