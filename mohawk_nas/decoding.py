@@ -38,6 +38,7 @@ from mohawk_nas.kernels.decode_attention import (
 )
 from mohawk_nas.mixer import Mixer
 from mohawk_nas.student import MixerSlot
+from mohawk_nas.teacher import is_attention
 
 __all__ = ["Decoder", "continue_tokens", "decode_obstacle", "sample"]
 
@@ -76,7 +77,9 @@ def decode_obstacle(model: Any) -> str | None:
     for name in ("attn_logit_softcapping", "attention_chunk_size"):
         if getattr(config, name, None):
             return f"no support for `{name}`"
-    layers = [module for module in model.modules() if _is_attention(module)]
+    layers = [module for module in model.modules() if is_attention(module)]
+    if any(hasattr(module, "sinks") for module in layers):
+        return "no support for attention sinks"
     layers += [module for module in model.modules() if isinstance(module, MixerSlot)]
     if len(layers) != config.num_hidden_layers:
         return f"{config.num_hidden_layers} layers hold {len(layers)} attention modules and mixers"
@@ -87,7 +90,8 @@ class Decoder:
     """A causal LM with buffers for ``batch`` sequences of ``max_length`` tokens.
 
     The model itself is left as it is: a copy that shares its tensors runs. Mixers that are held in
-    another type than the model are cast once.
+    another type than the model are cast once. Attention with a sliding window is right, but its
+    buffers hold all tokens.
 
     Args:
         model: A causal LM, stock or a student.
@@ -121,11 +125,12 @@ class Decoder:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.backend = pick_backend(backend, self.device, self.dtype)
-        """What computes the attention of a step."""
         self._chunk = max(1, prefill_tokens // batch)
         self._filled = 0
         self._padded = False
-        self._real: Tensor | None = None
+        # Sequences that have a real token; None before the first.
+        self._begun: Tensor | None = None
+        self._stepped = False
         size: dict[str, Any] = {"dtype": torch.long, "device": self.device}
         self._place = torch.zeros((), **size)
         self._first = torch.zeros(batch, **size)
@@ -155,7 +160,7 @@ class Decoder:
         """Forget all tokens and keep the buffers, and what was recorded."""
         self._filled = 0
         self._padded = False
-        self._real = None
+        self._begun = None
         self._place.zero_()
         self._first.zero_()
         for layer in self._layers:
@@ -178,6 +183,7 @@ class Decoder:
         """
         tokens = tokens.to(self.device)
         mask = self._checked(tokens, mask)
+        self._stepped = False
         logits: Tensor | None = None
         for begin in range(0, tokens.shape[1], self._chunk):
             piece = slice(begin, min(begin + self._chunk, tokens.shape[1]))
@@ -206,6 +212,8 @@ class Decoder:
         self._tokens.copy_(tokens.reshape(self.batch, 1), non_blocking=True)
         self._recorded_step()()
         self._filled += 1
+        if not self._stepped:
+            self._stepped, self._begun = True, self._first >= 0
         assert self._logits is not None
         return self._logits
 
@@ -213,14 +221,14 @@ class Decoder:
     def pretend(self, length: int) -> None:
         """Stand as after ``length`` tokens of every sequence, with anything in the buffers.
 
-        For measuring: what is held does not change how long a step takes. The first time as many
-        tokens are run as go through the model at a time, and the buffers are filled with random
+        For measuring: what is held does not change how long a step takes. An empty decoder first
+        runs as many tokens as go through the model at a time, and fills its buffers with random
         numbers.
 
         Args:
             length: From 1 to ``max_length``.
         """
-        if not self.cache_bytes:
+        if not self._filled:
             tokens = torch.zeros((self.batch, min(self._chunk, length)), dtype=torch.long)
             self.prefill(tokens)
             generator = torch.Generator(self.device).manual_seed(0)
@@ -256,7 +264,7 @@ class Decoder:
                 recurrent = _Recurrent(module.mixer, self._where)
                 copied.set_submodule(name, recurrent)
                 self._layers.append(recurrent)
-            elif _is_attention(module):
+            elif is_attention(module):
                 held = _Attention(self._where, max_length=self.max_length, backend=self.backend)
                 module.decoding = held
                 module.config._attn_implementation = _NAME
@@ -281,7 +289,7 @@ class Decoder:
                 f"{self.max_length} places, but do not; make a longer decoder"
             )
         if mask is None:
-            self._real = torch.ones(self.batch, dtype=torch.bool, device=self.device)
+            self._begun = self._first >= 0
             return None
         if mask.shape != tokens.shape:
             raise ValueError(
@@ -289,13 +297,13 @@ class Decoder:
                 f"has {tuple(mask.shape)}"
             )
         mask = mask.to(self.device).bool()
-        begun = mask if self._real is None else mask | self._real[:, None]
-        if bool((begun.cummax(1).values & ~mask).any()):
+        begun = mask if self._begun is None else mask | self._begun[:, None]
+        if bool(((begun.cumsum(1) > 0) & ~mask).any()):
             raise ValueError(
                 "Decoder.prefill: padding must stand before a sequence's first real token, but "
                 "stands behind it; pad on the left"
             )
-        self._real = begun[:, -1]
+        self._begun = begun[:, -1]
         return None if bool(mask.all()) else mask
 
     def _prefill_chunk(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -560,7 +568,8 @@ class _Attention:
         if where.padded or (window is not None and window < where.stop):
             options = {"scale": scaling, "attn_mask": where.seen(window)}
             # Kernels that take a mask know no groups, and what is left would keep all scores.
-            keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
+            if groups > 1:
+                keys, values = (t.repeat_interleave(groups, 1) for t in (keys, values))
         elif count == where.stop:
             options["is_causal"] = True
         elif count > 1:
@@ -613,7 +622,7 @@ def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """What transformers' attention modules call."""
-    for name in ("softcap", "s_aux"):
+    for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"Decoder: {type(module).__name__} asks for `{name}`, which is not supported; use "
@@ -631,9 +640,3 @@ def _attend(
 
 
 AttentionInterface.register(_NAME, _attend)
-
-
-def _is_attention(module: nn.Module) -> bool:
-    # As mohawk_nas.teacher.find_attention tells them.
-    is_layer = isinstance(getattr(module, "layer_idx", None), int)
-    return is_layer and "Attention" in type(module).__name__

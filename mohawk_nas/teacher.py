@@ -33,6 +33,7 @@ __all__ = [
     "cache_name",
     "check_weights",
     "find_attention",
+    "is_attention",
     "load_architecture",
     "load_teacher",
     "logits_from_hidden",
@@ -184,6 +185,12 @@ class Slot:
         return model.get_submodule(self.path)
 
 
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is a decoder layer's attention."""
+    is_layers = isinstance(getattr(module, "layer_idx", None), int)
+    return is_layers and "Attention" in type(module).__name__
+
+
 def find_attention(model: Any) -> list[Slot]:
     """The attention module of every decoder layer.
 
@@ -198,9 +205,9 @@ def find_attention(model: Any) -> list[Slot]:
     )
     num_layers = config.num_hidden_layers
     for name, module in model.named_modules():
-        layer = getattr(module, "layer_idx", None)
-        if not isinstance(layer, int) or "Attention" not in type(module).__name__:
+        if not is_attention(module):
             continue
+        layer = module.layer_idx
         if layer in found:
             raise TeacherError(
                 f"{type(model).__name__}: each layer must have one attention module, but layer "

@@ -215,6 +215,24 @@ def test_buffers_stay_where_they_are_and_are_used_again():
     )
 
 
+@torch.no_grad()
+def test_a_decoder_can_pretend_and_then_be_used():
+    student, inputs = student_of("llama", "AMAM"), batch(padded=True)
+    decoder, tokens = decoder_of(student), torch.zeros(3, dtype=torch.long)
+    for length in (12, 5, 16):
+        decoder.pretend(length)
+        assert decoder.length == length
+        assert decoder.step(tokens).isfinite().all() and decoder.length == length + 1
+    options = {"mask": inputs["attention_mask"], "max_new_tokens": 8}
+    expected = student.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert torch.equal(sample(decoder, inputs["input_ids"], **options), expected)
+    decoder.reset()
+    decoder.pretend(3)
+    assert decoder.step(tokens).isfinite().all()
+    decoder.release()
+    assert decoder.cache_bytes == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("family", "pattern"), BOTH)
 @torch.no_grad()
@@ -352,6 +370,10 @@ def test_padding_elsewhere_than_on_the_left_is_refused():
     decoder.prefill(tokens, torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1]]))
     with pytest.raises(ValueError, match="pad on the left"):
         decoder.prefill(tokens, torch.tensor([[0, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]]))
+    # A step's token is real.
+    decoder.step(tokens[:, 0])
+    with pytest.raises(ValueError, match="pad on the left"):
+        decoder.prefill(tokens, torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]))
 
 
 def test_models_that_cannot_be_decoded_here_say_why():

@@ -34,9 +34,11 @@ def _split_kernel(
     query, keys, values, out, tops, sums, last, first,
     key_batch, key_head, key_place, value_batch, value_head, value_place,
     kv_heads, scale, window,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr, WIDE: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, WINDOWED: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr,
+    WIDE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
+    # Of several queries each is a lane of the online softmax. Of a single one each place of a block
+    # is: lanes then need not hear of each other before the end.
     pair = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     sequence = pair // kv_heads
@@ -59,9 +61,9 @@ def _split_kernel(
     q = tl.load(
         query + (pair * GROUP + rows[:, None]) * P + columns[None, :], mask=whole, other=0.0
     )
-    top = tl.full((ROWS,), _FLOOR, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, WIDE), tl.float32)
+    top = tl.full((LANES,), _FLOOR, tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    mixed = tl.zeros((LANES, WIDE), tl.float32)
     # Stages by name: without a matrix product loads are fetched ahead only where that is asked for.
     for place in tl.range(begin, end, BLOCK, num_stages=3):
         at = place + places
@@ -76,21 +78,29 @@ def _split_kernel(
             other=0.0,
         )
         if ROWS == 1:
-            # One query is no matrix product: the products are taken as they are read.
-            scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
+            scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
+            scores = tl.where(filled, scores, float("-inf"))
+            risen = tl.maximum(top, scores)
+            shrink = tl.exp2(top - risen)
+            weights = tl.exp2(scores - risen)
+            total = total * shrink + weights
+            mixed = mixed * shrink[:, None] + weights[:, None] * v.to(tl.float32)
         else:
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = tl.where(filled[None, :], scores * scale, float("-inf"))
-        risen = tl.maximum(top, tl.max(scores, 1))
-        shrink = tl.exp2(top - risen)
-        weights = tl.exp2(scores - risen[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        if ROWS == 1:
-            added = tl.sum(tl.sum(weights, 0)[:, None] * v.to(tl.float32), 0)[None, :]
-        else:
-            added = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        mixed = mixed * shrink[:, None] + added
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.where(filled[None, :], scores, float("-inf"))
+            risen = tl.maximum(top, tl.max(scores, 1))
+            shrink = tl.exp2(top - risen)
+            weights = tl.exp2(scores - risen[:, None])
+            total = total * shrink + tl.sum(weights, 1)
+            mixed = mixed * shrink[:, None]
+            mixed += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = risen
+    if ROWS == 1:
+        highest = tl.max(top, 0)
+        shrink = tl.exp2(top - highest)
+        total = tl.zeros((ROWS,), tl.float32) + tl.sum(total * shrink, 0)
+        mixed = tl.sum(mixed * shrink[:, None], 0)[None, :]
+        top = tl.zeros((ROWS,), tl.float32) + highest
     row = (pair * SPLITS + split) * GROUP + rows
     if SPLITS == 1:
         tl.store(
@@ -156,8 +166,8 @@ def split_attention(
             query, keys, values, parts, tops, sums, last, first,
             *keys.stride()[:3], *values.stride()[:3],
             kv_heads, scaling * math.log2(math.e), window or 0,
-            GROUP=group, ROWS=rows, P=width, WIDE=wide, SPLITS=splits, BLOCK=BLOCK,
-            WINDOWED=window is not None, num_warps=4,
+            GROUP=group, ROWS=rows, LANES=BLOCK if rows == 1 else rows, P=width, WIDE=wide,
+            SPLITS=splits, BLOCK=BLOCK, WINDOWED=window is not None, num_warps=4,
         )  # fmt: skip
         if splits > 1:
             _join_kernel[(pairs, group)](
