@@ -103,6 +103,8 @@ def _kernels(projected: Tensor, sizes: StepSizes) -> SimpleNamespace | None:
     # Triton's interpreter runs on the CPU, for tests.
     if not projected.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return None
+    if projected.is_cuda and torch.cuda.get_device_capability(projected.device) < (8, 0):
+        return None
     if projected.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     return find("triton") if sizes.width * sizes.state <= LARGEST_STATE else None

@@ -10,7 +10,7 @@ from test_decoding import (
     decoder_of,
     step_errors,
 )
-from test_student import FreshMixers, batch, layout_of, teacher_of
+from test_student import FreshMixers, batch, layout_of, positions, teacher_of
 
 from mohawk_nas.decoding import Decoder, sample
 from mohawk_nas.distill import graph
@@ -61,7 +61,7 @@ def test_the_fused_step_is_the_formula(case):
 def test_attention_of_a_step_is_softmax(case, backend, dtype):
     sizes = (ATTENTIONS | LARGE_ATTENTIONS)[case] | {"dtype": dtype}
     error = attention_error(backend, device="cuda", **sizes)
-    assert error <= (2e-2 if dtype == torch.bfloat16 else 5e-6)
+    assert error <= (2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def student_on_gpu(family, pattern, dtype=torch.float32):
@@ -102,6 +102,25 @@ def test_recorded_steps_are_plain_ones(pattern, dtype, monkeypatch):
         assert decoder.recorded == (plain_steps == 3)
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("pattern", ["AAAA", "AMAM", "MMMM"])
+@torch.no_grad()
+def test_prefill_in_pieces_of_half_precision_is_one_prefill(pattern, padded):
+    """By the fast kernels for grouped heads, whose triangle ends at the last key."""
+    teacher = teacher_of("llama", hidden_size=128, head_dim=64, num_attention_heads=4)
+    student = assemble(teacher, layout_of(pattern), FreshMixers(teacher), share=False)
+    inputs = batch(padded=padded, length=80)
+    given = inputs["input_ids"].cuda(), inputs["attention_mask"].cuda()
+    exact = decoder_of(student.cuda(), length=80).prefill(*given)
+    student = student.bfloat16()
+    rounded = student(*given, position_ids=positions(given[1]), use_cache=False).logits[:, -1]
+    noise = (rounded.float() - exact).norm()
+    assert noise <= 0.3 * exact.norm()
+    for tokens in (1000, 99):
+        logits = decoder_of(student, length=80, prefill_tokens=tokens).prefill(*given)
+        assert (logits.float() - exact).norm() <= 2 * noise
 
 
 @torch.no_grad()
