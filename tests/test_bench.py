@@ -139,6 +139,29 @@ def test_what_would_take_too_long_or_too_much_memory_is_left_out(tmp_path, monke
     assert len(too_long) == 6 and all("more than --cell-seconds 0" in r for r in too_long)
 
 
+@pytest.mark.parametrize("text", ["CUDA out of memory.", "Triton Error [CUDA]: out of memory"])
+def test_the_largest_batch_is_what_fits(setup, monkeypatch, text):
+    models = inference._Models(setup, 48)
+    models.get("student")
+    each = models.cache_bytes("student", 48, 1)
+    pretend, tried = inference.Decoder.pretend, []
+
+    def limited(self, length):
+        tried.append(self.batch)
+        if self.batch > 6:
+            raise (torch.OutOfMemoryError if "Triton" not in text else RuntimeError)(text)
+        pretend(self, length)
+
+    monkeypatch.setattr(inference.Decoder, "pretend", limited)
+    free = inference.RESERVE + 9 * each + 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    blank = inference._blank(setup, "student, largest batch", 48, "largest")
+    (record,) = inference._largest(setup, models, "student", 48, blank)
+    assert tried[:4] == [9, 8, 7, 6] and set(tried[4:]) <= {6}
+    assert record.shapes["batch"] == 6 and record.median > 0
+    assert record.figures["cache_bytes"] == 6 * each
+
+
 def test_a_cache_of_another_size_than_a_budget_counts_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(inference._Models, "cache_bytes", lambda *args: 1)
     code, written = bench(tmp_path, "inference", "--contexts", "16", "--batches", "1")

@@ -36,8 +36,8 @@ CALLS = 5
 """Prefills that a measurement takes at least."""
 LARGEST_BATCH = 4096
 """Sequences beyond which no largest batch is looked for."""
-SPARE = 0.97
-"""Share of the free memory that caches are first given when the largest batch is looked for."""
+RESERVE = 2 * 2**30
+"""Bytes left to all but weights and caches when the largest batch is looked for."""
 SMALLER = 0.96
 """What a batch that does not fit is multiplied by."""
 
@@ -56,7 +56,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         for context in contexts:
             for batch in batches:
                 for phase in ("prefill", "decode"):
-                    blank = _blank(setup, models, f"{who}, {phase}", context, batch)
+                    blank = _blank(setup, f"{who}, {phase}", context, batch)
                     run = (
                         partial(_prefill, setup, models, who, context, batch, rate)
                         if phase == "prefill"
@@ -64,7 +64,7 @@ def cases(setup: Setup) -> Iterator[Case]:
                     )
                     yield Case(blank=blank, run=run, may_run_out=True)
             if setup.device.type == "cuda":
-                blank = _blank(setup, models, f"{who}, largest batch", context, "largest")
+                blank = _blank(setup, f"{who}, largest batch", context, "largest")
                 run = partial(_largest, setup, models, who, context)
                 yield Case(blank=blank, run=run, may_run_out=True)
     models.clear()
@@ -131,7 +131,7 @@ def evenly(num_layers: int, keep: int, replacement: str) -> Layout:
     return Layout.keeping(kept, num_layers=num_layers, replacement=replacement)
 
 
-def _blank(setup: Setup, models: _Models, case: str, context: int, batch: int | str) -> Record:
+def _blank(setup: Setup, case: str, context: int, batch: int | str) -> Record:
     shapes = setup.step_shapes(0) | {
         "attention": pick_backend("auto", setup.device, setup.dtype),
         "attention_layers": setup.shape.keep,
@@ -207,13 +207,14 @@ def _largest(
     release(setup.device)
     free = torch.cuda.mem_get_info(setup.device)[0]
     each = models.cache_bytes(who, context, 1)
-    batch = min(LARGEST_BATCH, max(1, int(SPARE * free / each)))
+    batch = min(LARGEST_BATCH, max(1, (free - RESERVE) // each))
     while True:
         blank = dataclasses.replace(blank, shapes={**blank.shapes, "batch": batch})
         try:
             found = list(_decode(setup, models, who, context, batch, blank))
-        except torch.OutOfMemoryError:
-            if batch == 1:
+        except RuntimeError as e:
+            # What is allocated by others than torch fails with another error.
+            if batch == 1 or "out of memory" not in str(e):
                 raise
         else:
             yield from found
