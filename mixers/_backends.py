@@ -77,7 +77,8 @@ def _load(package: str) -> tuple[SimpleNamespace | None, str]:
         if importlib.util.find_spec(package) is None:
             log.info("%s is not installed: plain torch is used in its place", package)
             return None, f"{package} is not installed"
-        functions = {"mamba_ssm": _mamba_ssm, "causal_conv1d": _causal_conv1d}[package]()
+        makers = {"mamba_ssm": _mamba_ssm, "causal_conv1d": _causal_conv1d, "triton": _triton}
+        functions = makers[package]()
     # What is built for another torch or CUDA may raise anything while it is imported.
     except Exception as e:
         reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}"
@@ -98,6 +99,12 @@ def _mamba_ssm() -> SimpleNamespace:
 
 def _causal_conv1d() -> SimpleNamespace:
     return _checked([importlib.import_module("causal_conv1d")], _CAUSAL_CONV1D)
+
+
+def _triton() -> SimpleNamespace:
+    """Our own kernels, which need no more than Triton."""
+    step = importlib.import_module("._step_triton", __package__)
+    return SimpleNamespace(fused_step=step.fused_step)
 
 
 def _checked(modules: list[Any], wanted: dict[str, str]) -> SimpleNamespace:

@@ -36,6 +36,7 @@ from mohawk_nas.mixer import (
 
 from ._backends import find, require
 from ._scan import decay_mask, scan
+from ._step import StepSizes, decode_step
 
 # SiLU of this is 1: the gate starts open.
 OPEN_GATE = 1.278464542761
@@ -140,6 +141,7 @@ class Mamba2Mixer(Mixer):
         heads, width, state = self.num_heads, self.head_width, self.d_state
         # x, B, C pass the convolution; z is the gate, a the decay.
         self.widths = [heads * width, heads * state, heads * state]
+        self._sizes = StepSizes(heads=heads, width=width, state=state, min_step=MIN_STEP)
         channels = sum(self.widths)
         self.in_proj = nn.Linear(view.d_model, channels + heads * width + heads)
         self.conv_weight = nn.Parameter(torch.zeros(channels, config.d_conv))
@@ -165,6 +167,28 @@ class Mamba2Mixer(Mixer):
             cache.tensors["ssm"] = state
             cache.num_tokens += hidden.shape[1]
         return self._project_out(mixed, gate)
+
+    @torch.no_grad()
+    def step(self, hidden: Tensor, cache: MixerState) -> Tensor:
+        projected = self.in_proj(hidden[:, 0])
+        if self.b_norm is not None or self.c_norm is not None:
+            x, b, c, rest = projected.split(
+                [*self.widths, projected.shape[1] - sum(self.widths)], -1
+            )
+            normed = self._normed(self.b_norm, b), self._normed(self.c_norm, c)
+            projected = torch.cat([x, *normed, rest], dim=-1)
+        y = decode_step(
+            projected,
+            cache.tensors["conv"],
+            cache.tensors["ssm"],
+            weight=self.conv_weight,
+            bias=self.conv_bias,
+            skip=self.D,
+            sizes=self._sizes,
+            backend=self.config.backend,
+        )
+        cache.num_tokens += 1
+        return self.out_proj(y)[:, None]  # type: ignore[no-any-return]
 
     def values(self, hidden: Tensor, *, mask: Tensor | None = None) -> Tensor:
         return self._inputs(hidden, mask)[0]

@@ -201,24 +201,25 @@ def evaluate(target: Run) -> None:
 @app.command()
 def generate(
     target: Run,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[
+        list[str], typer.Option(help="Text to continue; give several, and all are decoded at once.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
 ) -> None:
-    """Continue a text with a distilled or exported hybrid."""
+    """Continue texts with a distilled or exported hybrid."""
     from mohawk_nas.evaluate import continue_text, find_target
 
     _quiet()
-    typer.echo(
-        continue_text(
-            find_target(target),
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
+    texts = continue_text(
+        find_target(target),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
     )
+    typer.echo("\n\n".join(texts))
 
 
 @app.command()
@@ -238,7 +239,8 @@ def bench(
     suites: Annotated[
         list[str] | None,
         typer.Argument(
-            help="scan, matrix, bank, trials, distill (all of these if none is named), search.",
+            help="scan, matrix, bank, trials, distill (all of these if none is named), search, "
+            "inference.",
             metavar="[SUITE]...",
         ),
     ] = None,
@@ -271,6 +273,15 @@ def bench(
         Path | None,
         typer.Option(help="search: its folder; the same command goes on where it was stopped."),
     ] = None,
+    contexts: Annotated[
+        str | None, typer.Option(help="inference: tokens a sequence; 512,2048,8192,32768.")
+    ] = None,
+    batches: Annotated[
+        str | None, typer.Option(help="inference: sequences; 1,8,32,128,256.")
+    ] = None,
+    cell_seconds: Annotated[
+        float, typer.Option(help="inference: time for one context and batch.", min=0.0)
+    ] = 20.0,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results file.")] = False,
 ) -> None:
     """Measure this machine: random weights of a model's shape, random tokens."""
@@ -293,6 +304,9 @@ def bench(
         stage2_tokens=stage2_tokens,
         checkpoint_steps=checkpoint_steps,
         work=work,
+        contexts=_numbers("--contexts", contexts),
+        batches=_numbers("--batches", batches),
+        cell_seconds=cell_seconds,
     )
     _quiet()
     from mohawk_nas.bench.runner import results_path, run_benchmarks
@@ -320,6 +334,18 @@ def _load(study: Path, overrides: Sequence[str] | None) -> StudyConfig:
     config = load_study(study, overrides or ())
     _quiet()
     return config
+
+
+def _numbers(where: str, text: str | None) -> tuple[int, ...] | None:
+    """Numbers with commas between them."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"{where}: must be numbers with commas between them, such as 512,8192, but got {text!r}"
+        ) from None
 
 
 def _quiet() -> None:

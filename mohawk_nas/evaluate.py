@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from mohawk_nas.config import StudyConfig, study_from_dict
+from mohawk_nas.decoding import continue_tokens
 from mohawk_nas.errors import BankError, RunError
 from mohawk_nas.export.hf import load_hybrid
 from mohawk_nas.files import DamagedFile, read_json
@@ -118,14 +119,19 @@ def evaluate(
 
 @torch.no_grad()
 def continue_text(
-    target: Target, prompt: str, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
-) -> str:
-    """The prompt with what the hybrid adds to it.
+    target: Target,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[str]:
+    """Each prompt with what the hybrid adds to it; all are decoded together.
 
     Args:
         target: A distilled run, an export, or a run that has been searched only; then the
             undistilled student speaks.
-        prompt: Text to continue.
+        prompts: Texts to continue, one at least.
         max_new_tokens: At most so many are added.
         temperature: Of the sampling; 0 takes the likeliest token.
         seed: Of the sampling.
@@ -139,21 +145,26 @@ def continue_text(
         model = assemble(bench.teacher, load_best(target.best).layout, bench.bank)
         tokenizer = bench.teacher.tokenizer
     # An empty prompt starts where a document starts.
-    tokens = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
-    inputs = torch.tensor([tokens], device=next(model.parameters()).device)
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    )
+    rows = [tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id] for prompt in prompts]
+    longest = max(map(len, rows))
+    # Padding is hidden: any token will do.
+    padding = tokenizer.eos_token_id or 0
+    device = next(model.parameters()).device
+    tokens = torch.tensor([[padding] * (longest - len(r)) + r for r in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
     torch.manual_seed(seed)
-    out = model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
+    out = continue_tokens(
+        model,
+        tokens,
+        mask=torch.arange(longest, device=device) >= longest - lengths[:, None],
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.eos_token_id,
-        **sampling,
+        temperature=temperature,
+        pad_token_id=padding,
     )
-    text: str = tokenizer.decode(out[0], skip_special_tokens=True)
-    return text
+    return [
+        tokenizer.decode(whole[longest - len(row) :], skip_special_tokens=True)
+        for whole, row in zip(out, rows, strict=True)
+    ]
 
 
 def _models(target: Target, bench: Workbench) -> Iterator[tuple[str, Any]]:

@@ -203,6 +203,26 @@ class MixerState(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("a recurrent state cannot be rolled back by some tokens")
 
+    def keep_at(self, places: Mapping[str, Tensor]) -> None:
+        """Move what is held to where it was held before.
+
+        Args:
+            places: The tensors of that time, which are overwritten.
+
+        Raises:
+            MixerError: Sizes have changed.
+        """
+        for name, tensor in self.tensors.items():
+            place = places.get(name)
+            if place is None or place.shape != tensor.shape:
+                raise MixerError(
+                    f"a state of fixed size is needed to decode in place, but `{name}` is now "
+                    f"{tuple(tensor.shape)} and was {None if place is None else tuple(place.shape)}"
+                )
+            if place is not tensor:
+                place.copy_(tensor)
+                self.tensors[name] = place
+
     def num_bytes(self) -> int:
         """Bytes held now."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
@@ -330,6 +350,28 @@ class Mixer(nn.Module, ABC):
     def new_state(self) -> Any:
         """An empty state for decoding."""
         return MixerState()
+
+    @torch.no_grad()
+    def step(self, hidden: Tensor, cache: MixerState) -> Tensor:
+        """One token more, without padding, by a state whose tensors stay where they are in memory.
+
+        Calls may be recorded and replayed as a CUDA graph. A mixer that can change its state in
+        place overrides this: here it is computed anew and copied.
+
+        Args:
+            hidden: The layer's normalised input in the mixer's type, ``(B, 1, D)``.
+            cache: A state that has seen a token; each of its tensors is contiguous.
+
+        Returns:
+            As :meth:`forward`, ``(B, 1, D)``.
+
+        Raises:
+            MixerError: The state grows with every token.
+        """
+        places = dict(cache.tensors)
+        mixed = self(hidden, cache=cache)
+        cache.keep_at(places)
+        return mixed  # type: ignore[no-any-return]
 
 
 MIXERS: Registry[MixerConfig] = Registry(

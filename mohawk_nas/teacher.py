@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import logging
 import sys
@@ -29,8 +30,10 @@ from mohawk_nas.ranks import local_rank
 
 __all__ = [
     "Teacher",
+    "cache_name",
     "check_weights",
     "find_attention",
+    "is_attention",
     "load_architecture",
     "load_teacher",
     "logits_from_hidden",
@@ -182,6 +185,12 @@ class Slot:
         return model.get_submodule(self.path)
 
 
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is a decoder layer's attention."""
+    is_layers = isinstance(getattr(module, "layer_idx", None), int)
+    return is_layers and "Attention" in type(module).__name__
+
+
 def find_attention(model: Any) -> list[Slot]:
     """The attention module of every decoder layer.
 
@@ -196,9 +205,9 @@ def find_attention(model: Any) -> list[Slot]:
     )
     num_layers = config.num_hidden_layers
     for name, module in model.named_modules():
-        layer = getattr(module, "layer_idx", None)
-        if not isinstance(layer, int) or "Attention" not in type(module).__name__:
+        if not is_attention(module):
             continue
+        layer = module.layer_idx
         if layer in found:
             raise TeacherError(
                 f"{type(model).__name__}: each layer must have one attention module, but layer "
@@ -236,6 +245,12 @@ def _window(config: Any, module: nn.Module, layer: int) -> int | None:
     if kinds is not None:
         return config.sliding_window if "sliding" in kinds[layer] else None
     return getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+
+
+def cache_name(model: Any) -> str:
+    """The name under which a causal LM takes and returns its cache; new in transformers 5.24."""
+    known = inspect.signature(type(model.base_model).forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def logits_from_hidden(model: Any, hidden: Tensor) -> Tensor:

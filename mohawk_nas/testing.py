@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mohawk_nas.errors import MixerError
-from mohawk_nas.mixer import AttentionView, Mixer, MixerConfig, build_mixer
+from mohawk_nas.mixer import AttentionView, Mixer, MixerConfig, MixerState, build_mixer
 from mohawk_nas.teacher import find_attention
 
 __all__ = ["SIZES", "MixerContract", "perturb", "tiny_model", "tiny_view"]
@@ -234,6 +234,25 @@ class MixerContract:
         assert state.get_seq_length() == 0
         again = mixer(hidden, mask=mask, cache=state)
         self.close(again[real], expected[real])
+
+    @torch.no_grad()
+    def test_steps_are_forward_and_stay_in_place(self) -> None:
+        mixer, hidden, mask = self.mixer(), self.hidden(), _left_padding([17, 12, 3], 17)
+        expected = mixer(hidden, mask=mask)[:, 14:]
+        state = mixer.new_state()
+        mixer(hidden[:, :14].contiguous(), mask=mask[:, :14], cache=state)
+        if not isinstance(state, MixerState):
+            pytest.skip("the state is of a kind of its own")
+        state.tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
+        places = dict(state.tensors)
+        try:
+            steps = [mixer.step(hidden[:, t : t + 1], state) for t in range(14, 17)]
+        except MixerError:
+            assert state.num_bytes() > sum(t.nbytes for t in places.values())
+            pytest.skip("the state grows")
+        self.close(torch.cat(steps, dim=1), expected)
+        assert all(state.tensors[name] is tensor for name, tensor in places.items())
+        assert state.get_seq_length() == 17
 
     @torch.no_grad()
     def test_state_follows_its_sequences(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mohawk_nas.bench import distill, matrix, search, trials
+from mohawk_nas.bench import distill, inference, matrix, search, trials
 from mohawk_nas.bench.bank import mixer_flops, teacher_flops
 from mohawk_nas.bench.options import DEFAULT_SUITES, MODELS, SUITES, Options
 from mohawk_nas.bench.setup import FreshBank, Setup
@@ -22,6 +22,7 @@ from mohawk_nas.reporting import SILENT
 
 ROOT = Path(__file__).parents[1]
 
+PHASES = ("prefill", "decode")
 CASES = {
     "scan": {"plain, forward", "plain, forward and backward", "mamba_ssm"},
     "matrix": {"kernel", "twin", "plain"},
@@ -39,6 +40,7 @@ CASES = {
         for kept in ("prefixes kept", "nothing kept")
     },
     "distill": {"one student", "4 students"},
+    "inference": {f"{who}, {what}" for who in ("teacher", "student") for what in PHASES},
     "search": {"load", "stage 1", "stage 2", "probes", "trials", "rest", "total"},
 }
 
@@ -98,6 +100,78 @@ def test_a_case_that_fails_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatc
     assert "failed: distill, one student: RuntimeError: first line" in capsys.readouterr().out
 
 
+def test_models_are_measured_side_by_side_and_hold_what_a_budget_counts(tmp_path, capsys):
+    asked = ("--contexts", "24,40", "--batches", "2", "--keep", "1", "--model", "llama-3.2-1b")
+    code, written = bench(tmp_path, "inference", *asked)
+    assert code == 0 and "--contexts 24,40 --batches 2" in written["command"]
+    decoded = {}
+    for record in written["results"]:
+        if record["case"].endswith("decode"):
+            figures, where = record["figures"], record["shapes"]
+            assert figures["cache_bytes"] == figures["budget_bytes"]
+            assert figures["ms_a_step"] == pytest.approx(2e3 / record["median"])
+            decoded[record["case"].split(",")[0], where["context"]] = figures["cache_bytes"]
+    # Keys and values of 2 heads of 8 numbers for 5 layers, and for one of them.
+    every = 2 * 2 * 2 * 8 * 4
+    assert decoded["teacher", 24] == 5 * 24 * every
+    assert decoded["teacher", 40] == 5 * 40 * every
+    assert decoded["student", 40] - decoded["student", 24] == 16 * every
+    shown = capsys.readouterr().out
+    assert shown.count("student / teacher") == 2 and "decode/s" in shown
+
+
+def test_attention_stands_in_the_middles_of_equal_parts():
+    assert inference.evenly(24, 4, "m").attention_layers == (3, 9, 15, 21)
+    assert inference.evenly(5, 2, "m").attention_layers == (1, 3)
+    assert inference.evenly(3, 1, "m").attention_layers == (1,)
+
+
+def test_what_would_take_too_long_or_too_much_memory_is_left_out(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB")
+
+    monkeypatch.setattr(inference.Decoder, "pretend", full)
+    code, written = bench(tmp_path, "inference", "--cell-seconds", "0")
+    assert code == 0
+    reasons = [record["left_out"] for record in written["results"]]
+    assert reasons.count("out of memory") == 8
+    too_long = [reason for reason in reasons if reason and reason.startswith("would take")]
+    assert len(too_long) == 6 and all("more than --cell-seconds 0" in r for r in too_long)
+
+
+@pytest.mark.parametrize("text", ["CUDA out of memory.", "Triton Error [CUDA]: out of memory"])
+def test_the_largest_batch_is_what_fits(setup, monkeypatch, text):
+    models = inference._Models(setup, 48)
+    models.get("student")
+    each = models.cache_bytes("student", 48, 1)
+    pretend, tried = inference.Decoder.pretend, []
+
+    def limited(self, length):
+        tried.append(self.batch)
+        if self.batch > 6:
+            raise (torch.OutOfMemoryError if "Triton" not in text else RuntimeError)(text)
+        pretend(self, length)
+
+    monkeypatch.setattr(inference.Decoder, "pretend", limited)
+    free = inference.RESERVE + 9 * each + 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    blank = inference._blank(setup, "student, largest batch", 48, "largest")
+    (record,) = inference._largest(setup, models, "student", 48, blank)
+    assert tried[:4] == [9, 8, 7, 6] and set(tried[4:]) <= {6}
+    assert record.shapes["batch"] == 6 and record.median > 0
+    assert record.figures["cache_bytes"] == 6 * each
+
+
+def test_a_cache_of_another_size_than_a_budget_counts_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(inference._Models, "cache_bytes", lambda *args: 1)
+    code, written = bench(tmp_path, "inference", "--contexts", "16", "--batches", "1")
+    assert code == 1
+    errors = [r["error"] for r in written["results"] if r["case"].endswith("decode")]
+    assert all(
+        re.search(r"the cache holds [\d,]+ bytes, but a budget counts 1$", e) for e in errors
+    )
+
+
 @pytest.mark.parametrize(("suite", "code"), [("matrix", 0), ("scan", 1)])
 def test_too_little_memory_is_an_answer_only_where_it_is_expected(
     tmp_path, monkeypatch, suite, code
@@ -146,6 +220,9 @@ def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path, monkeypatch):
         (["--model", "phi1.5"], "--model: must be one of .* Did you mean 'phi-1.5'"),
         (["--keep", "5"], "--keep: must lie within 1 and 4, .* but got 5"),
         (["--block-size", "4096"], "--block-size: must lie within 8 and 2048, .* but got 4096"),
+        (["--contexts", "512,x"], "--contexts: must be numbers with commas .* got '512,x'"),
+        (["--contexts", "4"], "--contexts: must be numbers from 8 on .* got '4'"),
+        (["--batches", "1,0"], "--batches: must be numbers from 1 on .* got '1,0'"),
         (["--device", "gpu"], "--device: must be auto, cpu or cuda"),
         (["search", "--stage1-tokens", "3"], "bank.matrix.tokens: must be 0 or at least one step"),
     ],

@@ -21,7 +21,7 @@ from mohawk_nas.search.strategies.surrogate import Codes, LinearModel, minimise
 from mohawk_nas.search.strategy import SearchContext, build_strategy, solve_local
 from mohawk_nas.search.study import run_study
 from mohawk_nas.student import assemble
-from mohawk_nas.teacher import Teacher
+from mohawk_nas.teacher import Teacher, cache_name
 from mohawk_nas.testing import perturb, tiny_model
 
 
@@ -255,7 +255,7 @@ def test_a_layouts_cache_is_what_its_student_holds_after_a_prefill(family, optio
         layout = Layout(tuple(names[(i + shift) % 3] for i in range(teacher.num_layers)))
         student = assemble(teacher, layout, FreshMixers(teacher, space))
         cache = DynamicCache(config=student.config)
-        student(input_ids=tokens, past_key_values=cache, use_cache=True)
+        student(input_ids=tokens, use_cache=True, **{cache_name(student): cache})
         held = 0
         for layer in cache.layers:
             tensors = getattr(layer, "tensors", None) or {"k": layer.keys, "v": layer.values}

@@ -30,7 +30,7 @@ from mohawk_nas.search.decode import (
 )
 from mohawk_nas.search.space import SearchSpace
 from mohawk_nas.student import assemble
-from mohawk_nas.teacher import Teacher
+from mohawk_nas.teacher import Teacher, cache_name
 from mohawk_nas.testing import tiny_model
 
 PAUSE = 0.02
@@ -107,7 +107,7 @@ def test_every_step_that_is_timed_is_the_same_step():
         lambda module, args, kwargs: caches.append(
             [
                 (layer.get_seq_length(), getattr(layer, "tensors", None) or layer.keys)
-                for layer in kwargs["past_key_values"].layers
+                for layer in kwargs[cache_name(student)].layers
             ]
         ),
         with_kwargs=True,
@@ -129,7 +129,7 @@ def test_a_filled_cache_is_of_the_size_of_a_real_one(shared):
     student = assemble(teacher, layout, UntrainedMixers(teacher, slow_space(3)))
     filled = fill_cache(student, teacher.slots, STEP, shared=shared)
     tokens = torch.zeros(STEP.batch, STEP.context, dtype=torch.long)
-    real = student(input_ids=tokens, use_cache=True).past_key_values
+    real = getattr(student(input_ids=tokens, use_cache=True), cache_name(student))
     for one, other in zip(filled.layers, real.layers, strict=True):
         assert type(one) is type(other)
         assert one.get_seq_length() == other.get_seq_length() == STEP.context

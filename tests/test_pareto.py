@@ -31,6 +31,7 @@ from mohawk_nas.search.strategies._sampling import _ENCODINGS
 from mohawk_nas.search.strategy import SearchContext, build_strategy
 from mohawk_nas.search.study import run_study, trial_seed
 from mohawk_nas.student import assemble
+from mohawk_nas.teacher import cache_name
 from mohawk_nas.workbench import Workbench
 
 REPLACEMENTS = ("small", "large")
@@ -441,7 +442,8 @@ def test_costs_are_those_of_a_real_cache(folder, searched):
     for trial in searched[0].trials[:4]:
         student = assemble(bench.teacher, trial.layout, bench.bank)
         with torch.no_grad():
-            cache = student(torch.arange(16)[None], use_cache=True).past_key_values
+            output = student(torch.arange(16)[None], use_cache=True)
+            cache = getattr(output, cache_name(student))
         held = 0
         for layer in cache.layers:
             tensors = getattr(layer, "tensors", None) or {"k": layer.keys, "v": layer.values}

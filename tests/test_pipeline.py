@@ -136,8 +136,11 @@ def test_export_evaluate_generate(folder, distilled):
     assert exported[1].figures == run[2].figures
     assert run[0].figures.mean_kl == pytest.approx(0, abs=1e-6)
     assert run[2].figures.mean_kl < run[1].figures.mean_kl
-    said = [continue_text(find_target(p), "a text", max_new_tokens=4) for p in (out, distilled[1])]
-    assert said[0] == said[1] and said[0].startswith("a text")
+    prompts = ["a text", "another text that is longer"]
+    said = [continue_text(find_target(p), prompts, max_new_tokens=4) for p in (out, distilled[1])]
+    assert said[0] == said[1] and all(map(str.startswith, said[0], prompts))
+    alone = [continue_text(find_target(out), [prompt], max_new_tokens=4)[0] for prompt in prompts]
+    assert said[0] == alone
     card = (out / "README.md").read_text(encoding="utf-8")
     assert str(folder) not in card and f"{distilled[0].after.mean_kl:.4f}" in card
 

@@ -10,7 +10,7 @@ from mohawk_nas.errors import LayoutError
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.mixer import build_mixer, mixer_config
 from mohawk_nas.student import MixerSlot, assemble
-from mohawk_nas.teacher import Teacher, logits_from_hidden
+from mohawk_nas.teacher import Teacher, cache_name, logits_from_hidden
 from mohawk_nas.testing import perturb, tiny_model
 
 FAMILIES = {
@@ -150,7 +150,7 @@ def test_chunked_prefill_and_steps_are_one_forward(family, pattern):
                 inputs["input_ids"][:, start:stop],
                 attention_mask=inputs["attention_mask"][:, :stop],
                 position_ids=positions(inputs["attention_mask"])[:, start:stop],
-                past_key_values=cache,
+                **{cache_name(student): cache},
             )
             pieces.append(output.logits)
             start = stop
@@ -217,8 +217,8 @@ def test_a_legacy_cache_is_refused():
 def test_a_state_takes_less_than_the_keys_it_replaces():
     student = student_of("llama", "AMAM")
     short, long = DynamicCache(config=student.config), DynamicCache(config=student.config)
-    student(**batch(padded=False, length=9), past_key_values=short)
-    student(**batch(padded=False, length=60), past_key_values=long)
+    student(**batch(padded=False, length=9), **{cache_name(student): short})
+    student(**batch(padded=False, length=60), **{cache_name(student): long})
     for layer in (1, 3):
         assert short.layers[layer].num_bytes() == long.layers[layer].num_bytes() > 0
         assert long.layers[layer].keys is None
@@ -295,8 +295,8 @@ def test_students_of_one_teacher_do_not_meet():
     padded, plain = batch(padded=True), batch(padded=False, seed=1)
     expected = [first(**padded).logits, second(**plain).logits]
     caches = [DynamicCache(config=first.config), DynamicCache(config=second.config)]
-    first(**padded, past_key_values=caches[0])
-    second(**plain, past_key_values=caches[1])
+    first(**padded, **{cache_name(first): caches[0]})
+    second(**plain, **{cache_name(second): caches[1]})
     assert torch.equal(first(**padded).logits, expected[0])
     assert torch.equal(second(**plain).logits, expected[1])
 

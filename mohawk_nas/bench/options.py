@@ -20,11 +20,12 @@ SUITES: Mapping[str, str] = {
     "trials": "scoring layouts, with and without kept prefixes",
     "distill": "training steps of stage 3, one student and several",
     "search": "a whole search by phase, resumed across commands",
+    "inference": "prefill and decoding of teacher and student, over contexts and batches",
 }
 """Suite -> what it measures."""
 
 DEFAULT_SUITES = ("scan", "matrix", "bank", "trials", "distill")
-"""Run if none is named; a whole search takes too long to be run unasked."""
+"""Run if none is named; the others take too long to be run unasked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +148,12 @@ class Options:
     stage2_tokens: int | None = None
     checkpoint_steps: int | None = None
     work: Path | None = None
+    contexts: tuple[int, ...] | None = None
+    """Tokens a sequence of suite ``inference``."""
+    batches: tuple[int, ...] | None = None
+    """Sequences of suite ``inference``."""
+    cell_seconds: float = 20.0
+    """Suite ``inference`` times one context and batch no longer than about this."""
 
     def __post_init__(self) -> None:
         for where, name, known in (
@@ -157,6 +164,15 @@ class Options:
                 raise InputError(
                     f"{where}: must be one of {', '.join(known)}, but got {name!r}."
                     f"{did_you_mean(name, known)}"
+                )
+        for where, numbers, least in (
+            ("--contexts", self.contexts, 8),
+            ("--batches", self.batches, 1),
+        ):
+            if numbers is not None and (not numbers or min(numbers) < least):
+                raise InputError(
+                    f"{where}: must be numbers from {least} on with commas between them, but got "
+                    f"{','.join(map(str, numbers))!r}"
                 )
         layers = self.shape.config["num_hidden_layers"]
         if not 0 < self.shape.keep < layers:
@@ -199,5 +215,6 @@ class Options:
             if field.name == "suites" or (field.name != "model" and value == field.default):
                 continue
             words.append("--" + field.name.replace("_", "-"))
-            words += [] if value is True else [str(value)]
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [] if value is True else [text]
         return shlex.join(words)

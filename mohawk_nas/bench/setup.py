@@ -101,17 +101,21 @@ class Setup:
     def teacher(self) -> Teacher:
         return self.load_teacher()
 
-    def load_teacher(self) -> Teacher:
-        """The model; its weights follow from the seed and the device."""
+    def load_teacher(self, **settings: Any) -> Teacher:
+        """The model; its weights follow from the seed and the device.
+
+        Args:
+            settings: Changes to its configuration.
+        """
         devices = [self.device] if self.device.type == "cuda" else []
         # Where it will stand: on a CPU a billion random numbers take long.
         with torch.random.fork_rng(devices=devices), torch.device(self.device):
             torch.manual_seed(self.options.seed)
-            model = self._build()
+            model = self._build(**settings)
         return Teacher(model.to(self.device), source=f"{self.options.model}, random weights")
 
-    def _build(self) -> Any:
-        config = AutoConfig.for_model(**self.shape.config)
+    def _build(self, **settings: Any) -> Any:
+        config = AutoConfig.for_model(**(dict(self.shape.config) | settings))
         return AutoModelForCausalLM.from_config(
             config, dtype=self.dtype, attn_implementation="sdpa"
         )

@@ -55,6 +55,11 @@ class RecordedStep:
         with torch.cuda.device(self._device):
             self._call(inputs)
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether calls are replayed."""
+        return self._graph is not None
+
     def release(self) -> None:
         """Give back what the recording holds; the step is not called again.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mohawk_nas.errors import ExportError, MohawkError
 from mohawk_nas.files import load_tensors, save_tensors
+from mohawk_nas.teacher import cache_name
 
 __all__ = ["check_folder", "verify_export"]
 
@@ -84,12 +85,11 @@ def check_folder(folder: str, tokens: Tensor, logits: Tensor) -> dict[str, float
     whole = model(input_ids=tokens, use_cache=False).logits
     found = {"reloaded logits": difference("reloaded logits", whole, logits)}
     half = tokens.shape[1] // 2
-    state = model(input_ids=tokens[:, :half], use_cache=True)
+    state, name = model(input_ids=tokens[:, :half], use_cache=True), cache_name(model)
     steps = [state.logits]
     for t in range(half, tokens.shape[1]):
-        state = model(
-            input_ids=tokens[:, t : t + 1], past_key_values=state.past_key_values, use_cache=True
-        )
+        held = {name: getattr(state, name)}
+        state = model(input_ids=tokens[:, t : t + 1], use_cache=True, **held)
         steps.append(state.logits)
     found["prefill and decode"] = difference("prefill and decode", torch.cat(steps, 1), whole)
 

@@ -32,6 +32,13 @@ def show_suite(suite: str, records: Sequence[Record]) -> None:
         pad_edge=False,
     )
     varying = _varying(records)
+    if suite == "inference" and (cells := [r for r in records if "context" in r.shapes]):
+        varying = ["context", "batch"]
+        _fill_side_by_side(table, cells)
+        _OUT.print()
+        _OUT.print(table)
+        _show_fixed(records, varying)
+        return
     table.add_column("case")
     for name in varying:
         table.add_column(name.replace("_", " "), justify="right")
@@ -43,6 +50,11 @@ def show_suite(suite: str, records: Sequence[Record]) -> None:
         table.add_row(record.case, *shapes, *_measurement(record))
     _OUT.print()
     _OUT.print(table)
+    _show_fixed(records, varying)
+
+
+def _show_fixed(records: Sequence[Record], varying: Sequence[str]) -> None:
+    """Shapes that all cases share."""
     fixed = {
         name: value
         for record in records
@@ -52,6 +64,55 @@ def show_suite(suite: str, records: Sequence[Record]) -> None:
     shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fixed.items())
     types = ", ".join(sorted({record.dtype for record in records}))
     _OUT.print(f"{shown}; {types}", style="dim", highlight=False, soft_wrap=True)
+
+
+def _fill_side_by_side(table: Table, records: Sequence[Record]) -> None:
+    """Teacher and student in one row for each context and batch."""
+    names = "context", "batch", "", "prefill/s", "decode/s", "ms a step", "cache", "budget", "peak"
+    for name in names:
+        table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
+    rows: dict[tuple[object, object], dict[str, dict[str, Record]]] = {}
+    for record in records:
+        who, _, what = record.case.partition(", ")
+        batch: object = what if what == "largest batch" else record.shapes["batch"]
+        row = rows.setdefault((record.shapes["context"], batch), {})
+        row.setdefault(who, {})[what] = record
+    for (context, batch), row in rows.items():
+        rates = {}
+        for who, found in row.items():
+            decoded = found.get("decode") or found.get("largest batch")
+            assert decoded is not None
+            figures, own = decoded.figures, decoded.shapes["batch"]
+            if decoded.median is not None:
+                rates[who] = decoded.median
+            table.add_row(
+                f"{context}",
+                f"{own}" if batch == own else f"largest: {own}",
+                who,
+                _cell(found.get("prefill")),
+                _cell(decoded),
+                _number(figures["ms_a_step"]) if "ms_a_step" in figures else "",
+                *(_size(figures.get(f"{name}_bytes")) for name in ("cache", "budget", "peak")),
+            )
+        if len(rates) == 2:
+            times = rates["student"] / rates["teacher"]
+            table.add_row("", "", "student / teacher", "", f"{times:.2f} times")
+
+
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return ""
+    if record.error is not None:
+        return "FAILED"
+    if record.median is None:
+        return "too long" if "s, more than" in (record.left_out or "") else record.left_out or ""
+    return _number(record.median)
+
+
+def _size(num_bytes: float | None) -> str:
+    if num_bytes is None:
+        return ""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:.3g} MiB"
 
 
 def show_end(path: Path, failed: Sequence[Record]) -> None:
