@@ -14,15 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from mohawk_nas.errors import ExportError, MohawkError, RunError
+from mohawk_nas.export.configuration import HybridConfig
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.mixer import MIXERS, MixerConfig, build_mixer, mixer_config
 from mohawk_nas.registry import load_plugin
@@ -30,53 +25,6 @@ from mohawk_nas.student import install_mixers
 from mohawk_nas.teacher import find_attention
 
 __all__ = ["HybridConfig", "HybridForCausalLM", "describe_candidates", "load_hybrid", "save_hybrid"]
-
-# What generation and evaluation tools read from a configuration, whatever the model is.
-_COMMON = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "tie_word_embeddings",
-)
-
-
-class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Configuration of a hybrid.
-
-    Args:
-        teacher: The stock model's configuration as a dictionary, with its ``model_type``.
-        layout: One candidate's name for each layer.
-        candidates: Name -> ``{"mixer": NAME, option: value, ...}``, attention left out.
-    """
-
-    model_type = "mohawk_hybrid"
-
-    def __init__(
-        self,
-        teacher: dict[str, Any] | None = None,
-        layout: list[str] | None = None,
-        candidates: dict[str, dict[str, Any]] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.teacher = dict(teacher or {})
-        self.layout = list(layout or [])
-        self.candidates = dict(candidates or {})
-        if self.teacher:
-            base = self.base_config()
-            for name in _COMMON:
-                if hasattr(base, name):
-                    kwargs.setdefault(name, getattr(base, name))
-        super().__init__(**kwargs)
-
-    def base_config(self) -> Any:
-        """A fresh configuration object of the stock model."""
-        return AutoConfig.for_model(**self.teacher)
 
 
 class HybridForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
