@@ -67,7 +67,7 @@ class AttentionConfig(MixerConfig):
 
 
 class AttentionState(MixerState):
-    """Keys and values of one layer, as the module expects them in ``past_key_values``.
+    """Keys and values of one layer, as the module expects them in its cache.
 
     Of a sliding window, the tokens that the next one sees are kept: the window less one.
     """
@@ -191,9 +191,9 @@ class AttentionMixer(Mixer):
             positions = (i - padding[:, None]).clamp_min(0)
             seen = seen & (j >= padding[:, None])[:, None, None]
         bias = hidden.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(hidden.dtype).min)
-        # Models from before transformers' Cache classes kept the older name.
+        # transformers 5.24 renamed it; models from before its Cache classes kept the oldest name.
         known = inspect.signature(self.module.forward).parameters
-        past = "layer_past" if "layer_past" in known else "past_key_values"
+        past = next((n for n in ("cache", "layer_past") if n in known), "past_key_values")
         inputs = {"attention_mask": bias, "position_ids": positions, past: cache}
         if self._rotary[0] is not None:
             inputs["position_embeddings"] = self._rotate(self._rotary[0], hidden, positions)

@@ -76,12 +76,13 @@ class MixerSlot(nn.Module):
         self,
         hidden_states: Tensor,
         *args: Any,
+        cache: Any = None,
         past_key_values: Any = None,
         layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        # Some families (GPT-NeoX) hand the cache on under its older name.
-        cache = layer_past if past_key_values is None else past_key_values
+        # Its names: since transformers 5.24, before, and still in some families (GPT-NeoX).
+        cache = next((c for c in (cache, past_key_values, layer_past) if c is not None), None)
         state = None if cache is None else self._state(cache)
         mask = self._padding.of_last(hidden_states.shape[1])
         # A float32 mixer may stand in a model of half precision.

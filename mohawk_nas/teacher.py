@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import logging
 import sys
@@ -29,6 +30,7 @@ from mohawk_nas.ranks import local_rank
 
 __all__ = [
     "Teacher",
+    "cache_name",
     "check_weights",
     "find_attention",
     "load_architecture",
@@ -236,6 +238,12 @@ def _window(config: Any, module: nn.Module, layer: int) -> int | None:
     if kinds is not None:
         return config.sliding_window if "sliding" in kinds[layer] else None
     return getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+
+
+def cache_name(model: Any) -> str:
+    """The name under which a causal LM takes and returns its cache; transformers 5.24 changed it."""
+    known = inspect.signature(model.base_model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def logits_from_hidden(model: Any, hidden: Tensor) -> Tensor:

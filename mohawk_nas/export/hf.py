@@ -22,7 +22,7 @@ from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.mixer import MIXERS, MixerConfig, build_mixer, mixer_config
 from mohawk_nas.registry import load_plugin
 from mohawk_nas.student import install_mixers
-from mohawk_nas.teacher import find_attention
+from mohawk_nas.teacher import cache_name, find_attention
 
 __all__ = ["HybridConfig", "HybridForCausalLM", "describe_candidates", "load_hybrid", "save_hybrid"]
 
@@ -70,17 +70,18 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
+        kwargs[cache_name(self)] = past_key_values if cache is None else cache
         return self.causal_lm(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,

@@ -33,7 +33,7 @@ from mohawk_nas.search.budget import DecodeTimes
 from mohawk_nas.search.space import SearchSpace
 from mohawk_nas.search.storages import opened
 from mohawk_nas.student import MixerSlot, MixerSource, Padding, assemble
-from mohawk_nas.teacher import Slot, Teacher
+from mohawk_nas.teacher import Slot, Teacher, cache_name
 
 __all__ = [
     "Step",
@@ -248,8 +248,9 @@ def _time_step(model: Any, slots: Sequence[Slot], step: Step, *, shared: bool) -
         for slot, layer in zip(slots, cache.layers, strict=True):
             handles.append(slot.get(model).register_forward_hook(_Restore(layer)))
         tokens = torch.zeros((step.batch, 1), dtype=torch.long, device=model.device)
+        inputs = {"input_ids": tokens, cache_name(model): cache}
         timing = time_calls(
-            lambda _: model(input_ids=tokens, past_key_values=cache, use_cache=True),
+            lambda _: model(**inputs, use_cache=True),
             stopwatch=stopwatch(model.device),
             effort=EFFORT,
         )
