@@ -186,7 +186,8 @@ def export(
         Exported, typer.Option(help="A Hugging Face folder, or the layout's names elsewhere.")
     ] = Exported.hf,
     standalone: Annotated[
-        bool, typer.Option("--standalone", help="Loads without mohawk-nas; holds the code it needs.")
+        bool,
+        typer.Option("--standalone", help="Loads without mohawk-nas; holds the code it needs."),
     ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     shard_size: Annotated[

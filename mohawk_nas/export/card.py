@@ -274,4 +274,3 @@ def _chosen(found: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(found.get("license"), str):
         return {}
     return {key: str(found[key]) for key in _KEYS if found.get(key)}
-

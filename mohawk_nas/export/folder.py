@@ -108,9 +108,7 @@ def export_folder(
                 if tensor.is_floating_point():
                     tensor.copy_(tensor.to(getattr(torch, dtype)))
         try:
-            found = verify_export(
-                beside, model, plugins=target.study.plugins, alone=standalone
-            )
+            found = verify_export(beside, model, plugins=target.study.plugins, alone=standalone)
         except ExportError as e:
             raise ExportError(f"{out}: is not written, since {e}") from e
         if in_the_way:

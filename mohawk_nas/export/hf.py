@@ -24,7 +24,14 @@ from mohawk_nas.registry import load_plugin
 from mohawk_nas.student import install_mixers
 from mohawk_nas.teacher import cache_name, find_attention
 
-__all__ = ["HybridConfig", "HybridForCausalLM", "describe_candidates", "load_hybrid", "save_hybrid", "symbols_of"]
+__all__ = [
+    "HybridConfig",
+    "HybridForCausalLM",
+    "describe_candidates",
+    "load_hybrid",
+    "save_hybrid",
+    "symbols_of",
+]
 
 
 class HybridForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]

@@ -173,9 +173,12 @@ def is_parallel(teacher: Teacher) -> bool | None:
         hooks += [mlp.register_forward_pre_hook(mlp_reads(i), with_kwargs=True) for mlp in mlps]
     try:
         tokens = torch.zeros(1, 4, dtype=torch.long, device=teacher.device)
+        # A mask that is ready is taken as it is. To make one, transformers would look at values,
+        # which there are none of on the meta device.
+        mask = torch.zeros(1, 1, 4, 4, dtype=model.dtype, device=teacher.device)
         with torch.enable_grad():
-            model.base_model(input_ids=tokens, use_cache=False)
-    # Some families ask tensors for values, which there are none of on the meta device.
+            model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    # Some families look at values elsewhere.
     except (RuntimeError, NotImplementedError):
         return None
     finally:

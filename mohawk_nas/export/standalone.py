@@ -17,6 +17,7 @@ import ast
 import importlib.util
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,10 @@ _STAND_INS = {
 
 # numpy and safetensors come with transformers.
 _INSTALLED = {"torch", "transformers", "safetensors", "numpy", *sys.stdlib_module_names}
+
+# On a GPU it comes with torch. Files of kernels import it as a matter of course, and are imported
+# only where it is; a `try` that changes nothing lets transformers see that, too.
+_WITH_A_GPU = {"triton"}
 
 
 def write_standalone(folder: Path) -> list[str]:
@@ -186,27 +191,25 @@ class _Cut:
 
     def take_whole(self, name: str) -> None:
         """Keep all of a module."""
-        for statement in self.module(name).statements:
-            self._keep(statement, self.module(name))
+        module = self.module(name)
+        for statement in module.statements:
+            if isinstance(statement.node, ast.Import | ast.ImportFrom):
+                module.wanted |= statement.binds
+            self._keep(statement, module)
 
     def reach(self, name: str, wanted: str) -> None:
-        """Keep one definition of a module, and what it needs.
+        """Keep what defines a name in a module, and what that needs.
 
         Raises:
-            ExportError: The module defines no such name, or something cannot be carried along.
+            ExportError: Something cannot be carried along.
         """
         module = self.module(name)
         if wanted in module.wanted:
             return
         module.wanted.add(wanted)
-        binding = [s for s in module.statements if wanted in s.binds]
-        if not binding:
-            raise ExportError(
-                f"standalone: {name} must define {wanted}, but does not; export without "
-                "--standalone"
-            )
-        for statement in binding:
-            self._keep(statement, module)
+        for statement in module.statements:
+            if wanted in statement.binds:
+                self._keep(statement, module)
 
     def _keep(self, statement: _Statement, module: _Module) -> None:
         whole = not isinstance(statement.node, ast.Import | ast.ImportFrom)
@@ -215,7 +218,7 @@ class _Cut:
                 return
             statement.kept = True
             local = {name for s in module.statements for name in s.binds}
-            for name in statement.uses & local:
+            for name in sorted(statement.uses & local):
                 self.reach(module.name, name)
         else:
             statement.kept = True
@@ -232,20 +235,26 @@ class _Cut:
             if not self.is_carried(home):
                 self._check(home, module, node, guarded)
                 continue
-            home = _STAND_INS.get(home, home)
+            there = _STAND_INS.get(home, home)
             for alias in node.names:
                 if whole or (alias.asname or alias.name) in module.wanted:
-                    self.reach(home, alias.name)
+                    if not any(alias.name in s.binds for s in self.module(there).statements):
+                        raise _refusal(module, node, f"{alias.name} from {home}")
+                    self.reach(there, alias.name)
 
     def _check(self, imported: str, module: _Module, node: ast.stmt, guarded: bool) -> None:
         top = imported.partition(".")[0]
-        if self.is_carried(imported) or (top not in _INSTALLED and not guarded):
-            raise ExportError(
-                f"standalone: {module.path}:{node.lineno} must import from torch, transformers, "
-                "the standard library and, by name, from its own package, but imports "
-                f"{imported}; put what can be done without into a `try`, or export without "
-                "--standalone"
-            )
+        needed = top not in _INSTALLED | _WITH_A_GPU and not guarded
+        if self.is_carried(imported) or needed:
+            raise _refusal(module, node, imported)
+
+
+def _refusal(module: _Module, node: ast.stmt, imported: str) -> ExportError:
+    return ExportError(
+        f"standalone: {module.path}:{node.lineno} must import from torch, transformers, the "
+        "standard library, and what a mixer needs of its own package by name, but imports "
+        f"{imported}; put what can be done without into a `try`, or export without --standalone"
+    )
 
 
 def _read(name: str) -> _Module:
@@ -334,19 +343,26 @@ def _rewritten(statement: _Statement, module: _Module, cut: _Cut) -> str:
     at_top = isinstance(statement.node, ast.Import | ast.ImportFrom)
     lines = statement.text.splitlines(keepends=True)
     # From the last to the first, so that line numbers stay right.
-    for node, _ in sorted(_imports(statement.node), key=lambda found: -found[0].lineno):
+    for node, guarded in sorted(_imports(statement.node), key=lambda found: -found[0].lineno):
         names = [
             alias
             for alias in node.names
             if not at_top or (alias.asname or alias.name.partition(".")[0]) in module.wanted
         ]
-        carried = isinstance(node, ast.ImportFrom) and cut.is_carried(module.home_of(node))
-        if not carried and len(names) == len(node.names):
+        if isinstance(node, ast.Import):
+            homes, carried = [alias.name for alias in names], False
+        else:
+            homes = [module.home_of(node)]
+            carried = cut.is_carried(homes[0])
+        wrapped = not guarded and any(home.partition(".")[0] in _WITH_A_GPU for home in homes)
+        if not carried and not wrapped and len(names) == len(node.names):
             continue
+        text = _import_line(node, names, module, cut)
+        if wrapped:
+            text = f"try:\n{textwrap.indent(text, '    ')}\nexcept ImportError:\n    raise"
         first = node.lineno - statement.first_line
         last = (node.end_lineno or node.lineno) - statement.first_line
-        indent = " " * node.col_offset
-        lines[first : last + 1] = [f"{indent}{_import_line(node, names, module, cut)}\n"]
+        lines[first : last + 1] = [textwrap.indent(f"{text}\n", " " * node.col_offset)]
     return "".join(lines)
 
 
