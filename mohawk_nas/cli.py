@@ -202,10 +202,9 @@ def export(
     """
     if format is Exported.layout:
         from mohawk_nas.export.stacks import export_layout
-        from mohawk_nas.pipeline import load_best
 
         _quiet()
-        typer.echo(f"Wrote  {export_layout(load_best(source), out, force=force)}")
+        typer.echo(f"Wrote  {export_layout(source, out, force=force)}")
         return
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--dtype: must be float32, bfloat16 or float16, but got {dtype!r}")

@@ -48,10 +48,11 @@ def find_licence(source: str) -> Licence:
     gguf = gguf_path(source)
     if gguf is None and not Path(source).exists():
         card = _from_hub(source, "README.md")
-        texts = [] if card is None else [_from_hub(source, name) for name in ("LICENSE", "NOTICE")]
+        if card is None:
+            return Licence()
+        found = [_from_hub(source, name) for name in ("LICENSE", "NOTICE")]
         return Licence(
-            metadata=_front_matter(card) if card else {},
-            texts=tuple(text for text in texts if text is not None),
+            metadata=_front_matter(card), texts=tuple(text for text in found if text is not None)
         )
     folder = Path(source) if gguf is None else gguf.parent
     metadata = _front_matter(folder / "README.md") or _of_config(folder / "config.json")
@@ -125,7 +126,7 @@ def model_card(
         "arXiv 2408.10189).",
         _table(rows),
         "## Scores",
-        _table(_score_rows(result), "nats a token, lower is better"),
+        _table(_score_rows(result)),
         "## Mixers",
         "\n".join(_mixer_lines(candidates)) or "None: every layer keeps attention.",
         "## Loading it",
@@ -151,14 +152,14 @@ def _token_rows(study: StudyConfig, result: Mapping[str, Any]) -> dict[str, str]
 def _score_rows(result: Mapping[str, Any]) -> dict[str, str]:
     kl, scores = result["validation_kl"], result["scores"]
     rows = {
-        "validation KL to the teacher, undistilled": f"{kl['before']:.4f}",
-        "validation KL to the teacher, distilled": f"{kl['after']:.4f}",
+        "validation KL to the teacher, undistilled": f"{kl['before']:.4f} nats a token",
+        "validation KL to the teacher, distilled": f"{kl['after']:.4f} nats a token",
     }
     for name, value in scores.get("objectives", {}).items():
-        rows[f"search: {name} of the undistilled layout"] = f"{value:.4f}"
+        rows[f"search objective `{name}`, undistilled (lower is better)"] = f"{value:.4f}"
     if "layouts_scored" in scores:
         of = f"{scores['layouts_scored']:,} of {scores['layouts_possible']:,} possible ones"
-        rows["search: layouts scored"] = of
+        rows["layouts scored by the search"] = of
     return rows
 
 
@@ -174,11 +175,11 @@ def _loading(standalone: bool) -> str:
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER", trust_remote_code=True)\n'
         "```\n\n"
         "Where mohawk-nas is installed and `mohawk_nas.export` has been imported, its code is run "
-        "in place of the folder's. mamba-ssm and causal-conv1d are used on a GPU where they can be "
-        "imported."
+        "in place of the folder's. Faster kernels that a mixer knows of are used where they can be "
+        "imported; none is needed."
     )
     installed = (
         "It needs mohawk-nas:\n\n"
@@ -211,8 +212,8 @@ def _licence_text(licence: Licence, origin: str, standalone: bool) -> str:
     return text
 
 
-def _table(rows: Mapping[str, str], head: str = "") -> str:
-    lines = [f"| | {head} |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())]
+def _table(rows: Mapping[str, str]) -> str:
+    lines = ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())]
     return "\n".join(lines)
 
 

@@ -15,11 +15,14 @@ import torch
 import yaml
 
 from mohawk_nas.errors import MohawkError, RunError
+from mohawk_nas.evaluate import find_target
 from mohawk_nas.export.hf import symbols_of
 from mohawk_nas.files import atomic_write
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.mixer import MIXERS
-from mohawk_nas.pipeline import BestLayout
+from mohawk_nas.pipeline import load_best
+from mohawk_nas.registry import load_plugin
+from mohawk_nas.runs import set_aside
 from mohawk_nas.teacher import Teacher, load_teacher
 
 __all__ = ["export_layout", "interval_of", "is_parallel", "layout_names"]
@@ -28,25 +31,31 @@ ATTENTION_SYMBOL, MLP_SYMBOL = "*", "-"
 """Of Megatron-Core's hybrid patterns."""
 
 
-def export_layout(best: BestLayout, out: Path | None = None, *, force: bool = False) -> Path:
+def export_layout(source: Path, out: Path | None = None, *, force: bool = False) -> Path:
     """Write what :func:`layout_names` says of a study's layout.
 
     Args:
-        best: As :func:`mohawk_nas.pipeline.load_best` reads it.
+        source: ``best.yaml``, a run's folder or its ``distill`` folder.
         out: A YAML file; ``layout.yaml`` beside ``best.yaml`` if None.
-        force: Write over a file that is there.
+        force: Set a file that is already there aside.
 
     Returns:
         The file.
 
     Raises:
-        RunError: The file is there already.
+        RunError: There is no run there, or the file is there already.
     """
+    found = source if source.is_file() else find_target(source).best
+    if found is None:
+        raise RunError(f"{source}: must be a run's folder or its best.yaml, but is an export")
+    best = load_best(found)
+    for plugin in best.study.plugins:
+        load_plugin(Path(plugin))
     out = best.path.with_name("layout.yaml") if out is None else out
     if out.is_dir():
         raise RunError(f"{out}: must be a file to write, but is a folder")
     if out.exists() and not force:
-        raise RunError(f"{out}: is there already; use --force to write over it, or --out")
+        raise RunError(f"{out}: is there already; use --force to set it aside, or --out")
     try:
         teacher = load_teacher(best.study.teacher, meta=True)
     except MohawkError as e:
@@ -56,6 +65,8 @@ def export_layout(best: BestLayout, out: Path | None = None, *, force: bool = Fa
     if teacher is None:
         names["notes"].append(f"the teacher's blocks were not looked at: {reason}")
     text = yaml.safe_dump(names, sort_keys=False, allow_unicode=True, width=100)
+    if out.exists():
+        set_aside(out)
     with atomic_write(out) as beside:
         beside.write_text(f"# Written by `mohawk-nas export --format layout`.\n{text}", "utf-8")
     return out
@@ -82,7 +93,6 @@ def layout_names(
         letters[name] = elsewhere.get("pattern")
         kinds[name] = elsewhere.get("layer_type")
     parallel = None if teacher is None else is_parallel(teacher)
-    kept, replaced = list(layout.attention_layers), list(layout.replaced_layers)
     layer_types = _layer_types(layout, kinds, teacher, notes)
     return {
         "num_layers": len(layout),
@@ -90,16 +100,19 @@ def layout_names(
         "layout": layout.strip(symbols),
         "symbols": {symbol: name for name, symbol in symbols.items()},
         "candidates": {name: candidates[name] for name in symbols if name != ATTENTION},
-        "attention_layers": kept,
+        "attention_layers": list(layout.attention_layers),
         "megatron_core": {
             "hybrid_layer_pattern": _pattern(layout, letters, parallel, notes),
         },
         "transformers": {
             "layer_types": layer_types,
             "full_attention_interval": None if layer_types is None else interval_of(layout),
-            "attn_layer_indices": kept,
+            "attn_layer_indices": list(layout.attention_layers),
         },
-        "mamba_in_llama": {"attn_layers": kept, "ssm_layers": replaced},
+        "mamba_in_llama": {
+            "attn_layers": list(layout.attention_layers),
+            "ssm_layers": list(layout.replaced_layers),
+        },
         "mohawk": {
             "blocks": [
                 {"name": f"Block{number}", "n_layers": len(list(run)), "mixer": name}
