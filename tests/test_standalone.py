@@ -1,5 +1,6 @@
 """Exports that hold their own code: they load where there is torch and transformers, no more."""
 
+import dataclasses
 import importlib.metadata
 import inspect
 import json
@@ -15,8 +16,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_imports
 
+from mohawk_nas import config
 from mohawk_nas.errors import ExportError
-from mohawk_nas.export import HybridConfig, check, load_hybrid, save_hybrid
+from mohawk_nas.export import HybridConfig, check, load_hybrid, plain, save_hybrid
 from mohawk_nas.export.hf import describe_candidates
 from mohawk_nas.export.standalone import standalone_files, write_standalone
 from mohawk_nas.export.verify import verify_export
@@ -237,3 +239,34 @@ def test_what_a_mixer_may_import(line, problem, tmp_path):
         assert "    from .mohawk_errors import MixerError as E, InputError\n" in text
         assert "class InputError" in files["mohawk_errors.py"]
     assert "from .plugin_my_mixer import Mine" in files["modeling_mohawk_hybrid.py"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner:
+    size: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer:
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    name: str | None = "x"
+
+    def __post_init__(self):
+        if self.inner.size < 0:
+            raise ValueError("`size >= 0` must hold")
+
+
+def test_options_are_read_as_the_package_reads_them():
+    choices = [Outer(), Outer(inner=Inner(size=3), name=None)]
+    for outer in choices:
+        options = json.loads(json.dumps(dataclasses.asdict(outer)))
+        for read in (plain.read_options, config.read_options):
+            assert read(Outer, options, where="candidates.a", owner="outer") == outer
+    with pytest.raises(ValueError, match=r"candidates.a: outer has no option 'nam'"):
+        plain.read_options(Outer, {"nam": 1}, where="candidates.a", owner="outer")
+    with pytest.raises(ValueError, match=r"`size >= 0` must hold"):
+        plain.read_options(Outer, {"inner": {"size": -1}}, where="candidates.a", owner="outer")
+    registry = plain.Registry("mixer", package="a.b", entry_points="a.b")
+    assert registry.register("outer")(Outer) is Outer and registry.get("outer") is Outer
+    with pytest.raises(ValueError, match=r"unknown mixer 'other'; this folder holds \['outer'\]"):
+        registry.get("other")

@@ -59,16 +59,8 @@ def read_options(cls: type[T], options: Mapping[str, Any], *, where: str, owner:
         raise ValueError(f"{where}: {owner} has no option {unknown[0]!r}")
     values = {}
     for name, value in options.items():
-        nested = _nested(hints[name])
-        if nested is not None and isinstance(value, Mapping):
-            value = read_options(nested, value, where=f"{where}.{name}", owner=owner)
+        kind = hints[name]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            value = read_options(kind, value, where=f"{where}.{name}", owner=owner)
         values[name] = value
     return cls(**values)
-
-
-def _nested(hint: Any) -> type[Any] | None:
-    """The dataclass that a field holds, alone or in a union."""
-    for kind in typing.get_args(hint) or (hint,):
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            return kind
-    return None
