@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -200,7 +201,11 @@ def export(
     --format layout writes no weights: a YAML file with the layout as other stacks name it. For that
     RUN need only be searched.
     """
+    if shard_size is not None and not re.fullmatch(r"[1-9]\d*[KMG]B", shard_size):
+        raise InputError(f"--shard-size: must be like 500MB or 5GB, but got {shard_size!r}")
     if format is Exported.layout:
+        if standalone or shard_size is not None:
+            raise InputError("--format layout: writes no model; leave --standalone and such out")
         from mohawk_nas.export.stacks import export_layout
 
         _quiet()

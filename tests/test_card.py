@@ -100,6 +100,11 @@ def test_a_folders_licence(tmp_path):
     assert "teacher's: special, text in [LICENSE.txt](LICENSE.txt), [Notice]" in body
 
 
+@pytest.mark.parametrize("source", ["gone", "gone/model.gguf"])
+def test_a_teacher_that_is_gone_has_none_to_tell(tmp_path, source):
+    assert find_licence(str(tmp_path / source)) == Licence()
+
+
 @pytest.mark.parametrize("text", ["", "# no matter", "---\nlicense: [\n---\n", "---\n- a\n---\n"])
 def test_a_card_without_one(tmp_path, text):
     (tmp_path / "README.md").write_text(text)
@@ -128,7 +133,9 @@ def test_a_hub_models_licence(tmp_path, monkeypatch):
     asked = []
 
     def cached_file(source, name, **options):
-        asked.append((source, name))
+        asked.append((source, name, bool(options)))
+        if options and source == "org/name":
+            raise OSError("not in the cache")
         if source != "org/name" or not (tmp_path / name).exists():
             raise OSError("not there")
         return str(tmp_path / name)
@@ -139,4 +146,6 @@ def test_a_hub_models_licence(tmp_path, monkeypatch):
     assert [text.name for text in found.texts] == ["LICENSE"]
     assert find_licence("org/other") == Licence()
     # A model without a card is not asked for more.
-    assert [name for source, name in asked if source == "org/other"] == ["README.md"]
+    assert [name for source, name, _ in asked if source == "org/other"] == ["README.md"] * 2
+    # The cache is asked first.
+    assert [cached for source, name, cached in asked if name == "LICENSE"] == [True, False]

@@ -18,7 +18,14 @@ from transformers.dynamic_module_utils import get_imports
 
 from mohawk_nas import config
 from mohawk_nas.errors import ExportError
-from mohawk_nas.export import HybridConfig, check, load_hybrid, plain, save_hybrid
+from mohawk_nas.export import (
+    HybridConfig,
+    HybridForCausalLM,
+    check,
+    load_hybrid,
+    plain,
+    save_hybrid,
+)
 from mohawk_nas.export.hf import describe_candidates
 from mohawk_nas.export.standalone import standalone_files, write_standalone
 from mohawk_nas.export.verify import verify_export
@@ -172,8 +179,9 @@ def test_what_it_says_is_what_the_package_says(export):
 
 def test_an_installed_package_loads_it_with_its_own_code(export, tmp_path):
     folder, _, logits = export
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(model.config) is HybridConfig
+    for options in ({}, {"trust_remote_code": True}):
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        assert type(model) is HybridForCausalLM and type(model.config) is HybridConfig
     with torch.no_grad():
         assert torch.equal(model(TOKENS, use_cache=False).logits, logits)
     # It saves no code, and so must not point to any.
@@ -239,6 +247,23 @@ def test_what_a_mixer_may_import(line, problem, tmp_path):
         assert "    from .mohawk_errors import MixerError as E, InputError\n" in text
         assert "class InputError" in files["mohawk_errors.py"]
     assert "from .plugin_my_mixer import Mine" in files["modeling_mohawk_hybrid.py"]
+
+
+def test_two_files_of_one_name(tmp_path):
+    names = ["one", "two"]
+    for name in names:
+        path = tmp_path / name / "mixer.py"
+        path.parent.mkdir()
+        text = IMPORTS.format(f"NUMBER = {name!r}").replace('"mine"', f'"{name}"')
+        path.write_text(text, encoding="utf-8")
+        load_plugin(path)
+    try:
+        files = standalone_files(names)
+    finally:
+        for name in names:
+            MIXERS._items.pop(name)
+    assert "NUMBER = 'one'" in files["plugin_mixer.py"]
+    assert "NUMBER = 'two'" in files["plugin_mixer_2.py"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

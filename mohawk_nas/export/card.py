@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from mohawk_nas.config import StudyConfig
+from mohawk_nas.errors import TeacherError
 from mohawk_nas.export.hf import symbols_of
 from mohawk_nas.layout import Layout
 from mohawk_nas.teacher import gguf_path
@@ -45,8 +47,14 @@ def find_licence(source: str) -> Licence:
     Args:
         source: As a study names it in ``teacher.source``.
     """
-    gguf = gguf_path(source)
-    if gguf is None and not Path(source).exists():
+    try:
+        gguf = gguf_path(source)
+    # An export does not need its teacher, which may be gone.
+    except TeacherError:
+        return Licence()
+    if gguf is None and not Path(source).is_dir():
+        if not _on_hub(source):
+            return Licence()
         card = _from_hub(source, "README.md")
         if card is None:
             return Licence()
@@ -230,12 +238,13 @@ def _name(source: str) -> str:
 def _from_hub(source: str, name: str) -> Path | None:
     from transformers.utils import cached_file
 
-    try:
-        found = cached_file(source, name)
-    # Not there, no network, gated: there is nothing to read.
-    except OSError:
-        return None
-    return None if found is None else Path(found)
+    # Where there is no network, asking the hub takes its time.
+    for options in ({"local_files_only": True}, {}):
+        # Not there, no network, gated: there is nothing to read.
+        with suppress(OSError, ValueError):
+            if found := cached_file(source, name, **options):
+                return Path(found)
+    return None
 
 
 def _front_matter(card: Path) -> dict[str, str]:

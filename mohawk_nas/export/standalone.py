@@ -186,7 +186,11 @@ class _Cut:
             return _NAMED[module]
         home = self.modules[module]
         if not home.own:
-            return "plugin_" + re.sub(r"\W", "_", home.path.stem)
+            stem = re.sub(r"\W", "_", home.path.stem)
+            others = [m.name for m in self.modules.values() if not m.own]
+            same = [m for m in others if re.sub(r"\W", "_", self.modules[m].path.stem) == stem]
+            number = same.index(module)
+            return f"plugin_{stem}" + (f"_{number + 1}" if number else "")
         return "mohawk_" + module.removeprefix(f"{_PACKAGE}.").replace(".", "_")
 
     def take_whole(self, name: str) -> None:
