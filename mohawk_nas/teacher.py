@@ -242,8 +242,8 @@ def _window(config: Any, module: nn.Module, layer: int) -> int | None:
 
 
 def cache_name(model: Any) -> str:
-    """Under which name a causal LM takes and returns its cache; transformers 5.24 changed it."""
-    known = inspect.signature(model.base_model.forward).parameters
+    """The name under which a causal LM takes and returns its cache; new in transformers 5.24."""
+    known = inspect.signature(type(model.base_model).forward).parameters
     return "cache" if "cache" in known else "past_key_values"
 
 

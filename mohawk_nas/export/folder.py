@@ -12,7 +12,7 @@ from mohawk_nas.errors import ExportError, RunError
 from mohawk_nas.evaluate import CARD, find_target
 from mohawk_nas.export.card import find_licence, model_card
 from mohawk_nas.export.hf import load_hybrid, save_hybrid
-from mohawk_nas.export.standalone import write_standalone
+from mohawk_nas.export.standalone import standalone_files, write_standalone
 from mohawk_nas.export.verify import verify_export
 from mohawk_nas.files import atomic_folder, read_json, write_json
 from mohawk_nas.layout import Layout
@@ -47,7 +47,8 @@ def export_folder(
 
     Raises:
         RunError: Nothing is distilled there, or the folder holds something already.
-        ExportError: The export does not do what the student does.
+        ExportError: The export does not do what the student does, or a mixer needs more than a
+            folder can hold.
     """
     target = find_target(source)
     if target.model is None or target.best is None:
@@ -75,6 +76,9 @@ def export_folder(
         "distillation": result,
         "study": plain(best.study),
     }
+    if standalone:
+        # Refused before many gigabytes are written.
+        standalone_files(choices["mixer"] for choices in config.candidates.values())
     licence = find_licence(best.study.teacher.source)
     page = model_card(
         layout,

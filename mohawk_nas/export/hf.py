@@ -84,9 +84,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        held = past_key_values if cache is None else cache
-        if held is not None:
-            kwargs[cache_name(self)] = held
+        kwargs[cache_name(self)] = past_key_values if cache is None else cache
         return self.causal_lm(
             input_ids=input_ids,
             attention_mask=attention_mask,
