@@ -1,12 +1,14 @@
 """The model card of an export, and the licence in it."""
 
+import json
+import os
 import re
 
 import pytest
 import yaml
 
 from mohawk_nas.config import study_from_dict
-from mohawk_nas.export.card import Licence, find_licence, model_card
+from mohawk_nas.export.card import Licence, find_licence, model_card, read_evaluation
 from mohawk_nas.layout import Layout
 
 RESULT = {
@@ -66,6 +68,46 @@ def test_one_that_stands_alone_says_so(tmp_path):
     assert "trust_remote_code=True" in body and "import mohawk_nas" not in body
     assert str(tmp_path) not in body
     assert f"not found in the files of {tmp_path.name} (" in body
+
+
+def test_what_evaluate_found_is_on_it(tmp_path):
+    layout = Layout.keeping([1], num_layers=4, replacement="mamba2")
+    (tmp_path / "distill").mkdir()
+    result, record = tmp_path / "distill/result.json", tmp_path / "evaluation.json"
+    found = {
+        "layout": list(layout.candidates),
+        "models": [
+            {
+                "name": "teacher",
+                "perplexity": 20.5,
+                "text": [{"name": "KL to the teacher", "value": 0.0}],
+                "tasks": [{"name": "piqa acc", "value": 0.7}],
+            },
+            {
+                "name": "distilled student",
+                "perplexity": 22.25,
+                "text": [{"name": "KL to the teacher", "value": 0.125}],
+                "tasks": [],
+            },
+        ],
+    }
+    result.write_text("{}")
+    assert read_evaluation(tmp_path, layout) is None
+    record.write_text(json.dumps(found))
+    os.utime(result, (1000, 1000))
+    assert read_evaluation(tmp_path, layout) == found
+    assert read_evaluation(tmp_path, layout.with_candidate(0, "attention")) is None
+    _, body = card("org/name", Licence(), evaluation=found)
+    lines = body.splitlines()
+    start = lines.index("| test split | perplexity | KL to the teacher | piqa acc |")
+    assert lines[start + 1 : start + 4] == [
+        "|---|---|---|---|",
+        "| teacher | 20.5000 | 0.0000 | 0.7000 |",
+        "| distilled student | 22.2500 | 0.1250 |  |",
+    ]
+    # Distilled anew since.
+    os.utime(record, (900, 900))
+    assert read_evaluation(tmp_path, layout) is None
 
 
 README = """---

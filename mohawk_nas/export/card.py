@@ -14,10 +14,11 @@ import yaml
 from mohawk_nas.config import StudyConfig
 from mohawk_nas.errors import TeacherError
 from mohawk_nas.export.hf import symbols_of
+from mohawk_nas.files import read_json
 from mohawk_nas.layout import Layout
 from mohawk_nas.teacher import gguf_path
 
-__all__ = ["Licence", "find_licence", "model_card"]
+__all__ = ["Licence", "find_licence", "model_card", "read_evaluation"]
 
 _TEXTS = ("license*", "licence*", "copying*", "notice*", "use_policy*")
 _KEYS = ("license", "license_name", "license_link")
@@ -81,6 +82,7 @@ def model_card(
     result: Mapping[str, Any],
     licence: Licence,
     *,
+    evaluation: Mapping[str, Any] | None = None,
     fingerprint: str,
     dtype: str,
     standalone: bool,
@@ -93,6 +95,7 @@ def model_card(
         study: What it comes from.
         result: ``result.json`` of the distillation.
         licence: The teacher's.
+        evaluation: What ``evaluate`` has written of this run, if it has.
         fingerprint: The teacher's.
         dtype: Of the weights on disk.
         standalone: Whether the folder holds its own code.
@@ -135,6 +138,7 @@ def model_card(
         _table(rows),
         "## Scores",
         _table(_score_rows(result)),
+        *([] if evaluation is None else [_evaluation_table(evaluation)]),
         "## Mixers",
         "\n".join(_mixer_lines(candidates)) or "None: every layer keeps attention.",
         "## Loading it",
@@ -169,6 +173,33 @@ def _score_rows(result: Mapping[str, Any]) -> dict[str, str]:
         of = f"{scores['layouts_scored']:,} of {scores['layouts_possible']:,} possible ones"
         rows["layouts scored by the search"] = of
     return rows
+
+
+def read_evaluation(run: Path, layout: Layout) -> dict[str, Any] | None:
+    """What ``evaluate`` has written of a run, if it is of what is distilled there now."""
+    path = run / "evaluation.json"
+    if not path.is_file() or path.stat().st_mtime < (run / "distill/result.json").stat().st_mtime:
+        return None
+    found: dict[str, Any] = read_json(path)
+    return found if found.get("layout") == list(layout.candidates) else None
+
+
+def _evaluation_table(evaluation: Mapping[str, Any]) -> str:
+    """One row a model, the teacher's first; figures that some lack are left blank there."""
+    models = {row["name"]: _figures(row) for row in evaluation["models"]}
+    columns = list(dict.fromkeys(name for figures in models.values() for name in figures))
+    lines = [f"| test split | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, figures in models.items():
+        cells = (f"{figures[c]:.4f}" if c in figures else "" for c in columns)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, float]:
+    figures = {"perplexity": row["perplexity"]}
+    for figure in (*row.get("text", ()), *row.get("tasks", ())):
+        figures[figure["name"]] = figure["value"]
+    return figures
 
 
 def _mixer_lines(candidates: Mapping[str, dict[str, Any]]) -> Iterable[str]:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from mohawk_nas.config import plain
 from mohawk_nas.errors import ExportError, RunError
 from mohawk_nas.evaluate import CARD, find_target
-from mohawk_nas.export.card import find_licence, model_card
+from mohawk_nas.export.card import find_licence, model_card, read_evaluation
 from mohawk_nas.export.hf import load_hybrid, save_hybrid
 from mohawk_nas.export.standalone import standalone_files, write_standalone
 from mohawk_nas.export.verify import verify_export
@@ -86,6 +86,7 @@ def export_folder(
         best.study,
         result,
         licence,
+        evaluation=read_evaluation(target.best.parent, layout),
         fingerprint=best.teacher_fingerprint,
         dtype=dtype,
         standalone=standalone,
