@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -54,6 +55,7 @@ class Mamba2Config(MixerConfig):
     """Choices of a discrete Mamba-2 mixer."""
 
     symbol: ClassVar[str] = "M"
+    elsewhere: ClassVar[Mapping[str, str]] = {"pattern": "M", "layer_type": "linear_attention"}
 
     d_state: int | None = None
     """State size a head; None takes the attention's head size. Larger recalls more and costs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -55,6 +56,13 @@ class Listed(StrEnum):
     spaces = "spaces"
     strategies = "strategies"
     objectives = "objectives"
+
+
+class Exported(StrEnum):
+    """What ``export`` can write."""
+
+    hf = "hf"
+    layout = "layout"
 
 
 @app.command()
@@ -172,18 +180,46 @@ def export(
     source: Annotated[
         Path, typer.Argument(help="A distilled run, or its distill folder.", metavar="RUN")
     ],
-    out: Annotated[Path | None, typer.Option(help="Where to; RUN/export if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to; RUN/export or RUN/layout.yaml if not given.")
+    ] = None,
+    format: Annotated[
+        Exported, typer.Option(help="A Hugging Face folder, or the layout's names elsewhere.")
+    ] = Exported.hf,
+    standalone: Annotated[
+        bool,
+        typer.Option("--standalone", help="Loads without mohawk-nas; holds the code it needs."),
+    ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    shard_size: Annotated[
+        str | None, typer.Option(help="Largest file of weights, e.g. 5GB.")
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Write a Hugging Face folder and check it in a fresh process."""
+    """Write a Hugging Face folder and check it in a fresh process.
+
+    --format layout writes no weights: a YAML file with the layout as other stacks name it. For that
+    RUN need only be searched.
+    """
+    if shard_size is not None and not re.fullmatch(r"[1-9]\d*[KMG]B", shard_size):
+        raise InputError(f"--shard-size: must be like 500MB or 5GB, but got {shard_size!r}")
+    if format is Exported.layout:
+        if standalone or shard_size is not None:
+            raise InputError("--format layout: writes no model; leave --standalone and such out")
+        from mohawk_nas.export.stacks import export_layout
+
+        _quiet()
+        typer.echo(f"Wrote  {export_layout(source, out, force=force)}")
+        return
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--dtype: must be float32, bfloat16 or float16, but got {dtype!r}")
     from mohawk_nas.export.folder import export_folder
     from mohawk_nas.reporting import screen
 
     _quiet()
-    folder, found = export_folder(source, out, dtype=dtype, force=force)
+    folder, found = export_folder(
+        source, out, dtype=dtype, standalone=standalone, shard_size=shard_size, force=force
+    )
     screen.show_export(folder, found, next_command=f"mohawk-nas evaluate {folder}")
 
 

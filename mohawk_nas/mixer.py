@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -241,6 +242,10 @@ class MixerConfig(ABC):
     """One letter, for printed layouts."""
     keeps_attention: ClassVar[bool] = False
     """Whether a layer with this candidate keeps the teacher's module untouched."""
+    elsewhere: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """What others call a layer with this mixer: ``pattern`` is its symbol in Megatron-Core's hybrid
+    patterns, ``layer_type`` its entry in transformers' ``layer_types``. A mixer that is unknown
+    there leaves it out."""
 
     init: Literal["attention", "random"] = "attention"
     """Start from the layer's attention (fast to train), or as the mixer's paper starts it."""

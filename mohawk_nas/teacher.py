@@ -33,6 +33,7 @@ __all__ = [
     "cache_name",
     "check_weights",
     "find_attention",
+    "gguf_path",
     "is_attention",
     "load_architecture",
     "load_teacher",
@@ -313,7 +314,7 @@ def load_architecture(config: TeacherConfig) -> Any:
     is_here = Path(config.source).exists() or config.source.startswith("package:")
     stands_in = config.architecture and (config.random_weights or not is_here)
     where = config.architecture if config.architecture and stands_in else config.source
-    gguf = _gguf_path(where)
+    gguf = gguf_path(where)
     try:
         if gguf is not None:
             found = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -374,7 +375,7 @@ def check_weights(config: TeacherConfig) -> None:
     Raises:
         TeacherError: It has none.
     """
-    if not config.random_weights and _gguf_path(config.source) is None:
+    if not config.random_weights and gguf_path(config.source) is None:
         _check_folder(config.source, weights=True)
 
 
@@ -391,7 +392,7 @@ def _build(config: TeacherConfig, **options: Any) -> Any:
 
 
 def _load_weights(config: TeacherConfig, dtype: torch.dtype) -> Any:
-    source, gguf = config.source, _gguf_path(config.source)
+    source, gguf = config.source, gguf_path(config.source)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attention}
     if gguf is not None:
         source, options["gguf_file"] = str(gguf.parent), gguf.name
@@ -425,7 +426,7 @@ def _load_weights(config: TeacherConfig, dtype: torch.dtype) -> Any:
 
 def _load_tokenizer(config: TeacherConfig) -> Any:
     where = config.tokenizer or config.source
-    gguf = _gguf_path(where)
+    gguf = gguf_path(where)
     try:
         if gguf is not None:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -455,7 +456,7 @@ def _restore_digit_split(tokenizer: Any, gguf: Path) -> None:
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
 
 
-def _gguf_path(source: str) -> Path | None:
+def gguf_path(source: str) -> Path | None:
     """The GGUF file a source names, or None if it names something else."""
     if source.startswith("package:"):
         package, _, inside = source.removeprefix("package:").partition("/")

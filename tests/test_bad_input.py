@@ -689,6 +689,12 @@ def test_export_before_distil(run, tmp_path, refuse):
     assert refuse("export", tmp_path) == (
         f"{tmp_path}: must be an exported folder or a run's folder with a best.yaml, but is neither"
     )
+    assert refuse("export", run, "--shard-size", "5 gigabytes") == (
+        "--shard-size: must be like 500MB or 5GB, but got '5 gigabytes'"
+    )
+    assert refuse("export", run, "--format", "layout", "--standalone") == (
+        "--format layout: writes no model; leave --standalone and such out"
+    )
     assert refuse("export", run, "--dtype", "int8") == (
         "--dtype: must be float32, bfloat16 or float16, but got 'int8'"
     )

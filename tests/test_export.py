@@ -93,7 +93,11 @@ def test_other_families_are_exported_too(tmp_path, arch):
 
 def test_the_check_in_a_fresh_process_passes_and_catches_a_changed_weight(bench, tmp_path):
     student = save(bench, tmp_path, 1)
-    assert set(verify_export(tmp_path, student)) == {"reloaded logits", "prefill and decode"}
+    assert set(verify_export(tmp_path, student)) == {
+        "reloaded logits",
+        "prefill and decode",
+        "saved and loaded again",
+    }
     loaded = load_hybrid(tmp_path)
     with torch.no_grad():
         loaded.causal_lm.model.layers[2].self_attn.mixer.D += 0.5

@@ -145,6 +145,30 @@ def test_export_evaluate_generate(folder, distilled):
     assert str(folder) not in card and f"{distilled[0].after.mean_kl:.4f}" in card
 
 
+def test_an_export_that_stands_alone(folder, distilled, tmp_path):
+    from transformers import GenerationConfig
+
+    run = tmp_path / "run"
+    shutil.copytree(distilled[1].parent, run, ignore=shutil.ignore_patterns("export"))
+    stop = GenerationConfig(max_length=77, eos_token_id=[0, 5])
+    stop.save_pretrained(run / "distill/model")
+    out, found = export_folder(run, standalone=True, shard_size="100KB")
+    assert found["reloaded logits"] <= 1e-5 and found["saved and loaded again"] <= 1e-5
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    names = {name: where.partition(".")[0] for name, where in config["auto_map"].items()}
+    assert names.keys() == {"AutoConfig", "AutoModelForCausalLM"}
+    assert all((out / f"{module}.py").is_file() for module in names.values())
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 1
+    said = GenerationConfig.from_pretrained(out)
+    assert said.max_length == 77 and said.eos_token_id == [0, 5]
+    assert "trust_remote_code=True" in (out / "README.md").read_text(encoding="utf-8")
+    # Of text and weights no more than names.
+    texts = [p.read_text("utf-8") for p in out.iterdir() if p.suffix in (".py", ".md")]
+    assert not [text for text in texts if str(folder) in text]
+    (row,) = [row for row in evaluate(find_target(out))[0] if row.name == "export"]
+    assert row.figures.mean_kl == pytest.approx(evaluate(find_target(run))[0][-1].figures.mean_kl)
+
+
 def test_more_trials_continue_a_study(tmp_path):
     options = ("search.baselines=[first]", "search.strategy=random")
     short, _ = pipeline.search(make_study(tmp_path, "search.trials=3", *options))

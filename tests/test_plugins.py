@@ -107,7 +107,7 @@ def test_it_is_searched_beside_a_built_in(write, tmp_path, capsys):
 def test_every_command_knows_it(write, tmp_path, capsys, monkeypatch):
     checked = []
 
-    def check(folder, student, *, plugins):
+    def check(folder, student, *, plugins, alone):
         checked.append(plugins)
         return {}
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -12,10 +10,12 @@ from transformers import AutoTokenizer
 from mohawk_nas.config import plain
 from mohawk_nas.errors import ExportError, RunError
 from mohawk_nas.evaluate import CARD, find_target
+from mohawk_nas.export.card import find_licence, model_card, read_evaluation
 from mohawk_nas.export.hf import load_hybrid, save_hybrid
+from mohawk_nas.export.standalone import standalone_files, write_standalone
 from mohawk_nas.export.verify import verify_export
 from mohawk_nas.files import atomic_folder, read_json, write_json
-from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.layout import Layout
 from mohawk_nas.pipeline import load_best
 from mohawk_nas.registry import load_plugin
 from mohawk_nas.runs import set_aside
@@ -24,7 +24,13 @@ __all__ = ["export_folder"]
 
 
 def export_folder(
-    source: Path, out: Path | None = None, *, dtype: str = "float32", force: bool = False
+    source: Path,
+    out: Path | None = None,
+    *,
+    dtype: str = "float32",
+    standalone: bool = False,
+    shard_size: str | None = None,
+    force: bool = False,
 ) -> tuple[Path, dict[str, float]]:
     """Export a distilled run and check the result in a fresh process.
 
@@ -32,6 +38,8 @@ def export_folder(
         source: The run's folder, or its ``distill`` folder.
         out: Where to; ``export`` in the run's folder if None.
         dtype: Of the weights on disk.
+        standalone: Put the model's code into the folder, so that it loads without this package.
+        shard_size: Largest file of weights, e.g. ``5GB``; transformers' own if None.
         force: Set a folder that is already there aside.
 
     Returns:
@@ -39,7 +47,8 @@ def export_folder(
 
     Raises:
         RunError: Nothing is distilled there, or the folder holds something already.
-        ExportError: The export does not do what the student does.
+        ExportError: The export does not do what the student does, or a mixer needs more than a
+            folder can hold.
     """
     target = find_target(source)
     if target.model is None or target.best is None:
@@ -67,7 +76,21 @@ def export_folder(
         "distillation": result,
         "study": plain(best.study),
     }
-    page = _model_card(layout, config, best.study.teacher.source, best.study.data.source, result)
+    if standalone:
+        # Refused before many gigabytes are written.
+        standalone_files(choices["mixer"] for choices in config.candidates.values())
+    licence = find_licence(best.study.teacher.source)
+    page = model_card(
+        layout,
+        config.candidates,
+        best.study,
+        result,
+        licence,
+        evaluation=read_evaluation(target.best.parent, layout),
+        fingerprint=best.teacher_fingerprint,
+        dtype=dtype,
+        standalone=standalone,
+    )
     with atomic_folder(out) as beside:
         save_hybrid(
             model,
@@ -76,7 +99,11 @@ def export_folder(
             candidates=config.candidates,
             tokenizer=tokenizer,
             dtype=getattr(torch, dtype),
+            shard_size=shard_size,
         )
+        if standalone:
+            write_standalone(beside)
+        licence.copy(beside)
         write_json(beside / CARD, card)
         (beside / "README.md").write_text(page, encoding="utf-8")
         if dtype != "float32":
@@ -86,54 +113,9 @@ def export_folder(
                 if tensor.is_floating_point():
                     tensor.copy_(tensor.to(getattr(torch, dtype)))
         try:
-            found = verify_export(beside, model, plugins=target.study.plugins)
+            found = verify_export(beside, model, plugins=target.study.plugins, alone=standalone)
         except ExportError as e:
             raise ExportError(f"{out}: is not written, since {e}") from e
         if in_the_way:
             set_aside(out)
     return out, found
-
-
-def _model_card(
-    layout: Layout, config: Any, teacher: str, sources: list[str], result: dict[str, Any]
-) -> str:
-    kept = ", ".join(map(str, layout.attention_layers)) or "none"
-    kl = result["validation_kl"]
-    names = sorted(set(layout.candidates) - {ATTENTION})
-    mixers = "\n".join(f"- `{n}`: `{json.dumps(config.candidates[n])}`" for n in names)
-    # A path says where a file lay on one machine; its name is what another reader can use.
-    origin = Path(teacher).name if Path(teacher).is_absolute() else teacher
-    text = ", ".join(Path(s).name if Path(s).is_absolute() else s for s in sources)
-    return f"""---
-library_name: transformers
-tags: [mohawk-nas, hybrid, distillation]
-base_model: {origin}
----
-
-# Hybrid of {origin}
-
-A pretrained Transformer in which {len(layout.replaced_layers)} of {len(layout)} layers have another
-token mixer than attention, chosen and distilled with mohawk-nas (MOHAWK, arXiv 2408.10189).
-
-| | |
-|---|---|
-| layers that keep attention (counted from 0) | {kept} |
-| teacher | {origin} |
-| text | {text} |
-| tokens of stage 3 | {result["tokens"]["logits"]:,} |
-| validation KL to the teacher, undistilled | {kl["before"]:.4f} nats a token |
-| validation KL to the teacher, distilled | {kl["after"]:.4f} nats a token |
-
-Mixers:
-
-{mixers or "- none"}
-
-```python
-import mohawk_nas.export  # registers the model type
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
-```
-
-The teacher's licence applies to these weights as it does to the teacher's.
-"""

@@ -14,69 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from mohawk_nas.errors import ExportError, MohawkError, RunError
-from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.export.configuration import HybridConfig
+from mohawk_nas.layout import ATTENTION, Layout, assign_symbols
 from mohawk_nas.mixer import MIXERS, MixerConfig, build_mixer, mixer_config
 from mohawk_nas.registry import load_plugin
 from mohawk_nas.student import install_mixers
 from mohawk_nas.teacher import cache_name, find_attention
 
-__all__ = ["HybridConfig", "HybridForCausalLM", "describe_candidates", "load_hybrid", "save_hybrid"]
-
-# What generation and evaluation tools read from a configuration, whatever the model is.
-_COMMON = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "tie_word_embeddings",
-)
-
-
-class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Configuration of a hybrid.
-
-    Args:
-        teacher: The stock model's configuration as a dictionary, with its ``model_type``.
-        layout: One candidate's name for each layer.
-        candidates: Name -> ``{"mixer": NAME, option: value, ...}``, attention left out.
-    """
-
-    model_type = "mohawk_hybrid"
-
-    def __init__(
-        self,
-        teacher: dict[str, Any] | None = None,
-        layout: list[str] | None = None,
-        candidates: dict[str, dict[str, Any]] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.teacher = dict(teacher or {})
-        self.layout = list(layout or [])
-        self.candidates = dict(candidates or {})
-        if self.teacher:
-            base = self.base_config()
-            for name in _COMMON:
-                if hasattr(base, name):
-                    kwargs.setdefault(name, getattr(base, name))
-        super().__init__(**kwargs)
-
-    def base_config(self) -> Any:
-        """A fresh configuration object of the stock model."""
-        return AutoConfig.for_model(**self.teacher)
+__all__ = [
+    "HybridConfig",
+    "HybridForCausalLM",
+    "describe_candidates",
+    "load_hybrid",
+    "save_hybrid",
+    "symbols_of",
+]
 
 
 class HybridForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -171,6 +126,19 @@ def describe_candidates(candidates: Mapping[str, MixerConfig]) -> dict[str, dict
     return described
 
 
+def symbols_of(layout: Layout, candidates: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """Candidate -> symbol, for those that a layout uses.
+
+    Args:
+        layout: Any.
+        candidates: As :func:`describe_candidates` gives them.
+    """
+    letters = {ATTENTION: MIXERS.get(ATTENTION).symbol}
+    letters |= {name: MIXERS.get(choices["mixer"]).symbol for name, choices in candidates.items()}
+    used = set(layout.candidates)
+    return {name: s for name, s in assign_symbols(letters).items() if name in used}
+
+
 def save_hybrid(
     student: Any,
     folder: Path,
@@ -179,6 +147,7 @@ def save_hybrid(
     candidates: Mapping[str, dict[str, Any]],
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
+    shard_size: str | None = None,
 ) -> None:
     """Write an assembled student as a Hugging Face folder.
 
@@ -189,6 +158,7 @@ def save_hybrid(
         candidates: As :func:`describe_candidates` gives them.
         tokenizer: Saved beside the model.
         dtype: Of the weights on disk; as they are if None.
+        shard_size: Largest file of weights, e.g. ``5GB``; transformers' own if None.
     """
     causal_lm = student.causal_lm if isinstance(student, HybridForCausalLM) else student
     used = {name: dict(candidates[name]) for name in set(layout.candidates) - {ATTENTION}}
@@ -200,12 +170,14 @@ def save_hybrid(
     with torch.device("meta"):
         # Saving writes the shell's type into the configuration.
         shell = HybridForCausalLM(config).to(dtype)
-    shell.generation_config = causal_lm.generation_config
+    # A loaded hybrid has it; the stock model inside has defaults then.
+    shell.generation_config = student.generation_config
     state = {f"causal_lm.{n}": t.to(dtype) for n, t in causal_lm.state_dict().items()}
     # Tied weights are one tensor and are stored once.
     for tied in getattr(shell, "all_tied_weights_keys", None) or {}:
         state.pop(tied, None)
-    shell.save_pretrained(folder, state_dict=state)
+    sharding = {} if shard_size is None else {"max_shard_size": shard_size}
+    shell.save_pretrained(folder, state_dict=state, **sharding)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
