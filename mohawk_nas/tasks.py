@@ -151,17 +151,26 @@ class TaskSuite:
 
     def _find_local(self, index: dict[str, Any]) -> set[str]:
         """Point the tasks that have a folder of rows to it; returns their names."""
-        found = set()
-        for folder in sorted(self.data.iterdir()) if self.data else ():
-            files = sorted(p for p in folder.glob("*") if p.suffix in ENDINGS)
-            if not files or folder.name not in index:
+        found: set[str] = set()
+        asked = {task for name in self._asked(index) for task in _tasks_of(name, index)}
+        for task in sorted(asked & set(index)) if self.data is not None else ():
+            assert self.data is not None
+            folder = self.data / task
+            if not (files := sorted(p for p in folder.glob("*") if p.suffix in ENDINGS)):
                 continue
-            entry = index[folder.name]
-            overlay = Path(self._scratch.name) / f"{folder.name}.yaml"
-            overlay.write_text(yaml.safe_dump(self._overlay(entry, folder, files)), "utf-8")
-            index[folder.name] = dataclasses.replace(entry, yaml_path=overlay)
-            found.add(folder.name)
+            overlay = Path(self._scratch.name) / f"{task}.yaml"
+            overlay.write_text(yaml.safe_dump(self._overlay(index[task], folder, files)), "utf-8")
+            index[task] = dataclasses.replace(index[task], yaml_path=overlay)
+            found.add(task)
         return found
+
+    def _asked(self, index: Mapping[str, Any]) -> list[str]:
+        """The names, with patterns written out."""
+        return [
+            one
+            for name in self.names
+            for one in ([name] if name in index else _matching(name, index))
+        ]
 
     def _overlay(self, entry: Any, folder: Path, files: Sequence[Path]) -> dict[str, Any]:
         """The task's own file, with its rows from a folder."""
@@ -203,16 +212,15 @@ class TaskSuite:
     def _load(self) -> list[Any]:
         """The harness's objects of every task and group."""
         index, loaded = self._manager.task_index, []
-        for name in self.names:
-            for one in [name] if name in index else _matching(name, index):
-                try:
-                    found = self._manager.load([one])
-                except Exception as e:
-                    raise InputError(self._why_not(one, index, e)) from e
-                # A group brings its tasks along.
-                inside = {child for children in found["group_map"].values() for child in children}
-                loaded += [group for n, group in found["groups"].items() if n not in inside]
-                loaded += [task for n, task in found["tasks"].items() if n not in inside]
+        for name in dict.fromkeys(self._asked(index)):
+            try:
+                found = self._manager.load([name])
+            except Exception as e:
+                raise InputError(self._why_not(name, index, e)) from e
+            # A group brings its tasks along.
+            inside = {child for children in found["group_map"].values() for child in children}
+            loaded += [group for n, group in found["groups"].items() if n not in inside]
+            loaded += [task for n, task in found["tasks"].items() if n not in inside]
         return loaded
 
     def _why_not(self, name: str, index: Mapping[str, Any], error: Exception) -> str:
