@@ -68,13 +68,18 @@ class Evaluation:
         return math.exp(self.figures.mean_cross_entropy)
 
     @property
-    def compared(self) -> tuple[Figure, ...]:
-        """Every figure that a student is held against its teacher by, in one order."""
+    def text(self) -> tuple[Figure, ...]:
+        """Cross-entropy and, if the teacher solves the probe, recall on the test split."""
         losses = self.figures.cross_entropy
         found = [Figure.mean_of("cross-entropy", losses, higher_is_better=False)]
         if self.answers:
             found.append(Figure.mean_of("recall", self.answers, higher_is_better=True))
-        return (*found, *self.lengths, *self.tasks)
+        return tuple(found)
+
+    @property
+    def compared(self) -> tuple[Figure, ...]:
+        """Every figure that a student is held against its teacher by, in one order."""
+        return (*self.text, *self.lengths, *self.tasks)
 
 
 @dataclass(kw_only=True)
@@ -275,41 +280,38 @@ def record(target: Target, examination: Examination, rows: Sequence[Evaluation])
         "teacher": {"source": teacher.source, "fingerprint": teacher.fingerprint},
         "layout": layout,
         "asked": examination.describe(),
-        "models": [_row(row, rows[0]) for row in rows],
+        "models": [_row(row, rows[0], examination.length_probes) for row in rows],
         "provenance": provenance(),
     }
 
 
-def _row(row: Evaluation, teacher: Evaluation) -> dict[str, Any]:
+def _row(row: Evaluation, teacher: Evaluation, probes: Sequence[LengthProbe]) -> dict[str, Any]:
+    its = {} if row is teacher else {figure.name: figure for figure in teacher.compared}
+
+    def told(figure: Figure) -> dict[str, Any]:
+        found: dict[str, Any] = {"name": figure.name, **_number(figure)}
+        if figure.name in its:
+            found["more_than_teacher"] = _number(figure.minus(its[figure.name]))
+        return found
+
     kl = Figure.mean_of("KL to the teacher", row.figures.kl, higher_is_better=False)
-    reference = {figure.name: figure for figure in teacher.compared}
     return {
         "name": row.name,
         "perplexity": row.perplexity,
-        "recall": row.recall,
-        "figures": [
-            {
-                **_number(figure),
-                "items": len(figure.items) or None,
-                **(
-                    {"more_than_teacher": _number(figure.minus(reference[figure.name]))}
-                    if row is not teacher and figure.name in reference
-                    else {}
-                ),
-            }
-            for figure in (kl, *row.compared)
+        "text": [told(figure) for figure in (kl, *row.text)],
+        "recall_over_length": [
+            {"kind": probe.kind, "length": probe.length, "depth": probe.depth, **told(figure)}
+            for probe, figure in zip(probes, row.lengths, strict=bool(row.lengths))
+        ],
+        "tasks": [
+            {**told(figure), "higher_is_better": figure.higher_is_better} for figure in row.tasks
         ],
         "kl_blocks": list(row.figures.kl),
     }
 
 
 def _number(figure: Figure) -> dict[str, Any]:
-    return {
-        "name": figure.name,
-        "value": figure.value,
-        "standard_error": figure.standard_error,
-        "higher_is_better": figure.higher_is_better,
-    }
+    return {"value": figure.value, "standard_error": figure.standard_error}
 
 
 def write_record(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,9 +1,14 @@
 """Tasks of lm-eval from local files, recall over length, and the record of an evaluation."""
 
+import importlib.util
 import json
 import math
+import os
+import re
 import statistics
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,14 +18,18 @@ from transformers import OPTConfig, OPTForCausalLM
 from mohawk_nas import evaluate as evaluation
 from mohawk_nas import pipeline
 from mohawk_nas.cli import main
+from mohawk_nas.config import dump
 from mohawk_nas.errors import InputError
 from mohawk_nas.evaluate import Examination, find_target
-from mohawk_nas.metrics import Figure
+from mohawk_nas.export.hf import load_hybrid
+from mohawk_nas.metrics import Figure, evaluate_blocks
 from mohawk_nas.recall import DEPTHS, most_positions
 from mohawk_nas.tasks import TaskSuite
 from mohawk_nas.teacher import Teacher
 from mohawk_nas.workbench import Workbench
 
+SCRIPTS = Path(__file__).parents[1] / "studies"
+SECTIONS = ("text", "recall_over_length", "tasks")
 GOALS = ["open a tin", "cross a river", "light a lamp", "read a letter", "mend a sail"]
 ENDS = [" with a key", " at the ford", " by hand", " twice", " in the harbour"]
 SAY_IT = """
@@ -43,6 +52,11 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 def no_network(monkeypatch):
     for place in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
         monkeypatch.setattr(place, True)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")
@@ -227,19 +241,20 @@ def test_evaluate_writes_what_it_prints(run, data, capsys):
     assert record["asked"]["tasks"]["limit"] == 4
     assert record["provenance"]["versions"]["torch"]
     teacher, undistilled, distilled = record["models"]
-    assert [len(m["figures"]) for m in record["models"]] == [17, 2, 17]
+    counts = [[len(m[s]) for s in SECTIONS] for m in record["models"]]
+    assert counts == [[2, 12, 3], [2, 0, 0], [2, 12, 3]]
     assert undistilled["name"] == "undistilled student"
-    figures = {figure["name"]: figure for figure in distilled["figures"]}
+    figures = {figure["name"]: figure for s in SECTIONS for figure in distilled[s]}
     depths = [f"needle, 160 tokens, depth {depth:g}" for depth in DEPTHS]
     wanted = {"key-value, 144 tokens", *depths, "piqa acc_norm", "say_it exact_match"}
     assert wanted <= set(figures)
     # The teacher says what was taken down from it.
-    its = {figure["name"]: figure["value"] for figure in teacher["figures"]}
+    its = {figure["name"]: figure["value"] for s in SECTIONS for figure in teacher[s]}
     assert its["say_it exact_match"] == 0.5
+    assert "more_than_teacher" not in figures.pop("KL to the teacher")
     for name, figure in figures.items():
-        gap = figure["more_than_teacher"] if name in its and "KL" not in name else None
-        if gap is not None:
-            assert gap["value"] == pytest.approx(figure["value"] - its[name], abs=1e-12)
+        gap = figure["more_than_teacher"]["value"]
+        assert gap == pytest.approx(figure["value"] - its[name], abs=1e-12)
     shown = figures["cross-entropy"]["more_than_teacher"]
     assert f"{shown['value']:+.4f} ± {shown['standard_error']:.4f}" in out
     assert 0 < shown["standard_error"] < figures["cross-entropy"]["standard_error"]
@@ -276,3 +291,147 @@ def test_positions_that_were_learnt_are_a_limit(bench, monkeypatch):
     assert examination.left_out == {160: "the teacher has learnt 150 positions, and no more"}
     with pytest.raises(InputError, match="must hold 16 pairs and the questions for them"):
         Examination(bench=bench, lengths=[40])
+
+
+def load_script(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script(SCRIPTS / "benchmarks" / "full_distillation.py")
+
+
+@pytest.fixture
+def study(bench, run, tmp_path):
+    """The study's file; it has been searched."""
+    path = tmp_path / "study.yaml"
+    path.write_text(dump(bench.config), encoding="utf-8")
+    return str(path)
+
+
+def test_layouts_are_distilled_in_full_and_evaluated(
+    script, study, bench, run, data, tmp_path, capsys, monkeypatch
+):
+    options = [study, "--layouts", "searched,uniform,none", "--tasks", "piqa", "--limit", "3"]
+    options += ["--task-data", str(data), "--recall-lengths", "150", "--out", str(tmp_path)]
+    assert script.main([*options, "--part", "1/2"]) == 0
+    assert "Not there yet: uniform" in capsys.readouterr().out
+    assert script.main([*options, "--part", "2/2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    content = json.loads((tmp_path / "full_distillation_tiny.json").read_text(encoding="utf-8"))
+    result = bench.result()
+    phases = [x for label, x in result.baselines.items() if label.startswith("uniform/")]
+    uniform = min(phases, key=lambda layout: result.by_layout[layout].value)
+    layouts = {"searched": result.best.layout, "uniform": uniform}
+    kept = {name: list(layout.attention_layers) for name, layout in layouts.items()}
+    assert {r["chosen_as"]: r["attention_layers"] for r in content["layouts"]} == {
+        **kept,
+        # Off the search's budget of two.
+        "none": [],
+    }
+    for row in content["layouts"]:
+        undistilled, student = row["models"]
+        strip = "".join("A" if i in row["attention_layers"] else "M" for i in range(4))
+        model = load_hybrid(run / "full" / strip / "640" / "distill" / "model")
+        figures = evaluate_blocks(bench.teacher, model, bench.blocks["test"])
+        assert student["text"][0]["value"] == pytest.approx(figures.mean_kl, rel=1e-5)
+        assert student["text"][0]["value"] != undistilled["text"][0]["value"]
+        assert row["tokens"] == 640 == row["budgets"][0]["tokens"]
+        assert row["made_with"]["versions"]["torch"] and row["made_with"]["cpu"]
+        cell = f"{student['text'][0]['value']:.4f} ± {student['text'][0]['standard_error']:.4f}"
+        (line,) = [
+            line for line in lines if line.startswith(f"| {row['chosen_as']} | ") and "±" in line
+        ]
+        assert cell in line and line.count("|") == lines[0].count("|")
+        if row["chosen_as"] != "searched":
+            above = row["more_kl_than_first"]
+            first = content["layouts"][0]["models"][1]["text"][0]["value"]
+            assert above["value"] == pytest.approx(student["text"][0]["value"] - first)
+            assert f"{above['value']:+.4f} ± {above['standard_error']:.4f}" in line
+    assert "| piqa |" in lines[0]
+    assert any(line.startswith("|  | key-value, 150 | needle, 150 |") for line in lines)
+
+    # What is there is not made again; another budget is.
+    def never(*args, **kwargs):
+        raise AssertionError("distilled again")
+
+    monkeypatch.setattr(script.pipeline, "distill", never)
+    assert script.main([*options, "--part", "1/1"]) == 0
+    with pytest.raises(AssertionError, match="distilled again"):
+        script.main([*options, "--tokens", "704"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], [640]),
+        # Twice the tokens gain 20 %, then 5 %.
+        (["--until", "10"], [640, 1280, 2560]),
+        (["--until", "1"], [640, 1280, 2560, 5120]),
+        (["--until", "1", "--most", "2000"], [640, 1280]),
+    ],
+)
+def test_budgets_rise_until_they_gain_too_little(
+    options, expected, script, study, bench, run, monkeypatch
+):
+    losses = {640: 0.5, 1280: 0.4, 2560: 0.38, 5120: 0.3795}
+    asked = []
+
+    def distilled(best, **kwargs):
+        tokens = best.study.distill.logits.tokens
+        asked.append((best.layout.attention_layers, tokens))
+        before, after = (SimpleNamespace(mean_kl=kl) for kl in (1.0, losses[tokens]))
+        return SimpleNamespace(before=before, after=after, tokens=tokens, best_step=1), None
+
+    monkeypatch.setattr(script.pipeline, "distill", distilled)
+    (job,) = script.named(bench, ["1,2,3"])
+    budgets = script.distil(bench.config, job, script.parse([study, *options]))
+    assert asked == [((1, 2, 3), tokens) for tokens in expected]
+    assert [row["validation_kl"] for row in budgets] == [losses[tokens] for tokens in expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layouts", "best"], "--layouts: best: .*; or name searched, uniform, none"),
+        (["--layouts", "9"], "--layouts: 9: layer 9 is out of range"),
+        (["--tasks", "pica"], "unknown task 'pica'"),
+        (["output=elsewhere", "--part", "1/2"], "must hold a finished search; run it first"),
+    ],
+)
+def test_what_cannot_be_distilled(options, message, script, study, capsys):
+    assert script.main([study, *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_rows_of_another_harness_are_taken_apart(bench, tmp_path):
+    rows = {
+        "lambada_openai": {"context": "The cat sat on the", "continuation": "mat"},
+        "piqa": {"query": "Question: open a tin\n", "choices": ["a", "b"], "gold": 1},
+        "arc_easy": {"query": "Question: what?", "choices": ["x", "y", "z"], "gold": 2},
+    }
+    files = [tmp_path / f"{task}.jsonl" for task in rows]
+    for file, row in zip(files, rows.values(), strict=True):
+        write_rows(file, [row])
+    make = load_script(SCRIPTS / "assets" / "make_task_rows.py")
+    assert make.main([*map(str, files), "--out", str(tmp_path / "rows")]) == 0
+    suite = TaskSuite(list(rows), data=tmp_path / "rows")
+    tasks = {task.task_name: task for task in suite._tasks}
+    prompts = {
+        name: (task.doc_to_text(doc), task.doc_to_target(doc))
+        for name, task in tasks.items()
+        for doc in task.eval_docs
+    }
+    assert prompts == {
+        "lambada_openai": ("The cat sat on the", " mat"),
+        "piqa": ("Question: open a tin\nAnswer:", 1),
+        "arc_easy": ("Question: what?\nAnswer:", 2),
+    }
+    files[0].write_text('{"text": "no"}\n', encoding="utf-8")
+    assert make.main([str(files[0]), "--out", str(tmp_path / "rows")]) == 2
