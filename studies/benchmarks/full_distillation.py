@@ -45,7 +45,7 @@ from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import Figure
 from mohawk_nas.plan import find_problems
 from mohawk_nas.reporting import screen
-from mohawk_nas.runs import provenance
+from mohawk_nas.runs import check_identity, check_run_dir, provenance
 from mohawk_nas.student import assemble
 from mohawk_nas.tasks import TaskSuite
 from mohawk_nas.workbench import Workbench
@@ -136,11 +136,13 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
         tasks = TaskSuite(
             args.tasks, data=args.task_data, limit=args.limit, batch_size=args.batch_size
         )
-    if args.part[1] == 1:
+    if not (config.run_dir / "best.yaml").is_file():
+        if args.part[1] > 1:
+            raise InputError(f"--part: {config.run_dir} must hold a finished search; run it first")
         pipeline.search(config, reporter=reporter)
-    elif not (config.run_dir / "best.yaml").is_file():
-        raise InputError(f"--part: {config.run_dir} must hold a finished search; run it first")
+    check_run_dir(config)
     bench = Workbench(config, reporter)
+    check_identity(config.run_dir, bench.identity)
     jobs = list(named(bench, args.layouts))
     wanted = {
         "distill": plain(config.distill),
