@@ -214,6 +214,8 @@ def evaluate(
     """Perplexity, KL divergence to the teacher, recall and tasks, beside the teacher's."""
     lengths = _numbers(recall_lengths, "--recall-lengths")
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if not names and (task_data, limit, fewshot, batch_size) != (None,) * 4:
+        raise InputError("--task-data, --limit, --fewshot and --batch-size go with --tasks")
     _quiet()
     from mohawk_nas.evaluate import evaluate as measure
     from mohawk_nas.evaluate import find_target

@@ -20,6 +20,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ class TaskSuite:
         seeds = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
         return {
             "asked": list(self.names),
+            "lm_eval": version("lm-eval"),
             "limit": self.limit,
             "batch_size": batch_size,
             "versions": dict(found["versions"]),
@@ -216,31 +218,37 @@ class TaskSuite:
             try:
                 found = self._manager.load([name])
             except Exception as e:
-                raise InputError(self._why_not(name, index, e)) from e
+                raise self._why_not(name, e) from e
             # A group brings its tasks along.
             inside = {child for children in found["group_map"].values() for child in children}
             loaded += [group for n, group in found["groups"].items() if n not in inside]
             loaded += [task for n, task in found["tasks"].items() if n not in inside]
         return loaded
 
-    def _why_not(self, name: str, index: Mapping[str, Any], error: Exception) -> str:
+    def _why_not(self, name: str, error: Exception) -> InputError:
+        """What to tell the user; of a group's tasks the one that is at fault is named."""
+        index = self._manager.task_index
+        for task in _tasks_of(name, index):
+            if task == name:
+                break
+            try:
+                self._manager.load([task])
+            except Exception as e:
+                return self._why_not(task, e)
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        # Of a group's tasks the first that has no rows here is at fault, if there is one.
-        tasks = list(_tasks_of(name, index))
-        name = next((task for task in tasks if task not in self._local), name)
         config = getattr(index.get(name), "cfg", None) or {}
         source = config.get("dataset_path")
         if name in self._local and self.data is not None:
-            return (
+            return InputError(
                 f"{self.data / name}: rows must have the fields of the data set {source}, which "
                 f"the task {name} is made for, but they do not fit ({reason})"
             )
         if source is None:
-            return f"--tasks: {name} cannot be loaded ({reason})"
+            return InputError(f"--tasks: {name} cannot be loaded ({reason})")
         split = config.get("test_split") or config.get("validation_split") or "test"
         where = f"{self.data or 'DIR'}/{name}/{split}.jsonl (or .parquet)"
         option = "" if self.data else " and give --task-data DIR"
-        return (
+        return InputError(
             f"--tasks: the rows of {name} are the hub's data set {source}, which cannot be had "
             f"({reason}); put them into {where}{option}"
         )

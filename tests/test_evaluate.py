@@ -263,12 +263,19 @@ def test_evaluate_writes_what_it_prints(run, data, capsys):
     assert json.loads((run / "evaluation.json.old-1").read_text(encoding="utf-8")) == record
 
 
-@pytest.mark.parametrize("text", ["512,x", "0", "-4"])
-def test_lengths_are_numbers(text, run, capsys):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recall-lengths", "512,x"], "--recall-lengths: must be numbers such as 512,1024"),
+        (["--recall-lengths", "0"], "--recall-lengths: must be numbers such as 512,1024"),
+        (["--limit", "5"], "go with --tasks"),
+    ],
+)
+def test_options_that_cannot_be(options, message, run, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["evaluate", str(run), "--recall-lengths", text])
+        main(["evaluate", str(run), *options])
     assert ended.value.code == 2
-    assert "--recall-lengths: must be numbers such as 512,1024" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_positions_that_were_learnt_are_a_limit(bench, monkeypatch):
