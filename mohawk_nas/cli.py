@@ -212,7 +212,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Perplexity, KL divergence to the teacher, recall and tasks, beside the teacher's."""
-    lengths = _numbers(recall_lengths, "--recall-lengths")
+    lengths = _lengths(recall_lengths)
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if not names and (task_data, limit, fewshot, batch_size) != (None,) * 4:
         raise InputError("--task-data, --limit, --fewshot and --batch-size go with --tasks")
@@ -357,13 +357,6 @@ def _load(study: Path, overrides: Sequence[str] | None) -> StudyConfig:
     return config
 
 
-def _numbers(text: str | None, option: str) -> list[int]:
-    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
-    if wrong := [part for part in parts if not part.isdecimal() or int(part) == 0]:
-        raise InputError(f"{option}: must be numbers such as 512,1024, but got {wrong[0]!r}")
-    return [int(part) for part in parts]
-
-
 def _quiet() -> None:
     """Leave the screen to this program: no libraries' progress bars, no advice."""
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -373,6 +366,15 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+
+
+def _lengths(text: str | None) -> list[int]:
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if wrong := [part for part in parts if not part.isdecimal() or int(part) == 0]:
+        raise InputError(
+            f"--recall-lengths: must be numbers such as 512,1024, but got {wrong[0]!r}"
+        )
+    return [int(part) for part in parts]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
