@@ -22,8 +22,10 @@ from mohawk_nas.config import dump
 from mohawk_nas.errors import InputError
 from mohawk_nas.evaluate import Examination, find_target
 from mohawk_nas.export.hf import load_hybrid
+from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import Figure, evaluate_blocks
 from mohawk_nas.recall import DEPTHS, most_positions
+from mohawk_nas.student import assemble
 from mohawk_nas.tasks import TaskSuite
 from mohawk_nas.teacher import Teacher
 from mohawk_nas.workbench import Workbench
@@ -76,12 +78,13 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def continuation(bench, text, count=3):
-    """What the teacher says after a text, without a cache."""
+def continuation(bench, text, *, model=None, count=3):
+    """What the teacher, or another model, says after a text, without a cache."""
+    model = model or bench.teacher.model
     tokens = bench.teacher.tokenizer(text, return_tensors="pt")["input_ids"]
     start = tokens.shape[1]
     for _ in range(count):
-        following = bench.teacher.model(tokens, use_cache=False).logits[:, -1].argmax(-1)
+        following = model(tokens, use_cache=False).logits[:, -1].argmax(-1)
         tokens = torch.cat([tokens, following[:, None]], dim=1)
     return bench.teacher.tokenizer.decode(tokens[0, start:])
 
@@ -168,6 +171,21 @@ def test_generation_tasks_of_ones_own(bench, data):
         "piqa acc",
         "piqa acc_norm",
     ]
+
+
+@pytest.mark.parametrize("kept", [[0, 2], []], ids=["hybrid", "no attention"])
+@torch.no_grad()
+def test_students_generate_what_they_predict(kept, bench, data):
+    layout = Layout.keeping(kept, num_layers=4, replacement="mamba2")
+    bench.bank.train(bench.space.replaceable, reporter=bench.reporter)
+    student = assemble(bench.teacher, layout, bench.bank)
+    # Prompts of different lengths are padded on the left.
+    rows = [{"cue": goal, "answer": continuation(bench, goal, model=student)} for goal in GOALS]
+    assert [row["answer"] for row in rows] != [continuation(bench, goal) for goal in GOALS]
+    write_rows(data / "say_it" / "test.jsonl", rows)
+    suite = TaskSuite(["say_it"], data=data, batch_size=3)
+    (figure,) = suite.run(student, bench.teacher.tokenizer, name="student")
+    assert figure.items == (1.0,) * len(GOALS)
 
 
 def test_examples_come_from_their_own_split(bench, data):
