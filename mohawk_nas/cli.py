@@ -224,14 +224,49 @@ def export(
 
 
 @app.command()
-def evaluate(target: Run) -> None:
-    """Perplexity, KL divergence to the teacher and recall, beside the teacher's."""
+def evaluate(
+    target: Run,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, such as lambada_openai,arc_easy,piqa.")
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with their rows, TASK/SPLIT.jsonl or .parquet; else the hub."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task; all.", min=1)] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(help="Examples before a question; as the task says.", min=0)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences of a task run at once.", min=1)
+    ] = None,
+    recall_lengths: Annotated[
+        str | None, typer.Option(help="Tokens at which recall is asked, such as 512,1024,2048.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="File for all of it; evaluation.json in RUN if not given.")
+    ] = None,
+) -> None:
+    """Perplexity, KL divergence to the teacher, recall and tasks, beside the teacher's."""
+    lengths = _lengths(recall_lengths)
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if not names and (task_data, limit, fewshot, batch_size) != (None,) * 4:
+        raise InputError("--task-data, --limit, --fewshot and --batch-size go with --tasks")
+    _quiet()
     from mohawk_nas.evaluate import evaluate as measure
     from mohawk_nas.evaluate import find_target
     from mohawk_nas.reporting import screen
+    from mohawk_nas.tasks import TaskSuite
 
-    _quiet()
-    screen.show_evaluation(*measure(find_target(target), reporter=screen.reporter()))
+    found = find_target(target)
+    options = {"limit": limit, "fewshot": fewshot, "batch_size": batch_size}
+    suite = TaskSuite(names, data=task_data, **options) if names else None
+    path = json or found.record
+    rows, probe = measure(
+        found, lengths=lengths, tasks=suite, write_to=path, reporter=screen.reporter()
+    )
+    screen.show_evaluation(rows, probe)
+    screen.show_comparison(rows, block_size=found.study.data.block_size, file=path)
 
 
 @app.command()
@@ -393,6 +428,15 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+
+
+def _lengths(text: str | None) -> list[int]:
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if wrong := [part for part in parts if not part.isdecimal() or int(part) == 0]:
+        raise InputError(
+            f"--recall-lengths: must be numbers such as 512,1024, but got {wrong[0]!r}"
+        )
+    return [int(part) for part in parts]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

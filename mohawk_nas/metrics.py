@@ -6,7 +6,9 @@ in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import statistics
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,7 @@ from mohawk_nas.teacher import Teacher, logits_from_hidden
 
 __all__ = [
     "BlockFigures",
+    "Figure",
     "blocks_at_once",
     "body",
     "cross_entropy",
@@ -104,6 +107,52 @@ class BlockFigures:
     @property
     def mean_cross_entropy(self) -> float:
         return sum(self.cross_entropy) / len(self.cross_entropy)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """One number that a model is judged by, and how far it can be trusted."""
+
+    name: str
+    value: float
+    standard_error: float | None
+    """None where nobody knows it."""
+    items: tuple[float, ...] = ()
+    """A number a block, sequence or question, of which the value is the mean: models are compared
+    item by item. Empty where the value is no mean."""
+    higher_is_better: bool = False
+
+    @classmethod
+    def mean_of(cls, name: str, items: Sequence[float], *, higher_is_better: bool) -> Figure:
+        """The mean of some items."""
+        return cls(
+            name=name,
+            value=statistics.fmean(items),
+            standard_error=_error_of_mean(items),
+            items=tuple(items),
+            higher_is_better=higher_is_better,
+        )
+
+    def minus(self, other: Figure) -> Figure:
+        """The difference to the same figure of another model.
+
+        Its standard error is that of the paired differences, where both know their items; else the
+        two errors are added as if they were independent, which over the same questions is too much.
+        """
+        if self.items and len(self.items) == len(other.items):
+            gaps = [a - b for a, b in zip(self.items, other.items, strict=True)]
+            return Figure.mean_of(self.name, gaps, higher_is_better=self.higher_is_better)
+        errors = [f.standard_error for f in (self, other) if f.standard_error is not None]
+        return Figure(
+            name=self.name,
+            value=self.value - other.value,
+            standard_error=math.hypot(*errors) if len(errors) == 2 else None,
+            higher_is_better=self.higher_is_better,
+        )
+
+
+def _error_of_mean(items: Sequence[float]) -> float | None:
+    return statistics.stdev(items) / math.sqrt(len(items)) if len(items) > 1 else None
 
 
 @torch.no_grad()

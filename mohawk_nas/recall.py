@@ -10,6 +10,10 @@ know there they recall next to nothing.
 A probe is made for the teacher at hand, as hard as it still solves. What it does not solve it
 cannot teach, and its students' answers would be noise.
 
+Over length the question is another one: how far back does a model still find what it was told? The
+same few pairs, or one fact, then stand at a distance, with prose of the test split in between. Such
+a probe is made for any length, and what the teacher makes of it is told, not asked for.
+
 S sequences, T tokens, Q scored questions a sequence.
 """
 
@@ -22,12 +26,24 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mohawk_nas.errors import InputError
 from mohawk_nas.metrics import body
 from mohawk_nas.teacher import Teacher, logits_from_hidden
 
-__all__ = ["RecallProbe", "Split", "Template", "answers", "make_probe", "recall"]
+__all__ = [
+    "LengthProbe",
+    "Questions",
+    "RecallProbe",
+    "Split",
+    "Template",
+    "answers",
+    "make_length_probes",
+    "make_probe",
+    "most_positions",
+    "recall",
+]
 
 Split = Literal["bank", "search", "validation", "test"]
 
@@ -48,6 +64,16 @@ NUM_TRIED = 8
 
 MAX_WORDS = 6000
 """Words drawn from, the most frequent ones of the vocabulary."""
+
+LENGTH_SEQUENCES = 16
+"""Sequences of each length, and of each depth of a needle."""
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Where in the prose a needle stands: 0 is its beginning, 1 its end."""
+TOKENS_AT_ONCE = NUM_TRIED * 2048
+"""Of sequences that are run together."""
+
+FACT, FACT_END = "\nThe password of the lighthouse is", ".\n"
+"""A needle is FACT, a word and FACT_END; in the end FACT comes once more, and asks for the word."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,22 +101,13 @@ _SHARES: Sequence[Split] = ("search", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecallProbe:
-    """Sequences that ask for values, and how many of them the teacher knows."""
+class Questions:
+    """Sequences in which the next token is asked for at some places."""
 
-    split: Split
-    template: Template
-    num_pairs: int
     tokens: Tensor
     """``(S, T)``, on the CPU."""
     positions: Tensor
     """Where the next token is asked for, ``(Q,)``; the same in every sequence."""
-    teacher_recall: float
-    """Share of the teacher's answers that are right, 0 to 1."""
-
-    def __str__(self) -> str:
-        """For people: what is asked."""
-        return f"{self.num_pairs} pairs '{self.template}'"
 
     @property
     def fingerprint(self) -> str:
@@ -115,6 +132,38 @@ class RecallProbe:
         positions = self.positions.to(hidden.device)
         choices = logits_from_hidden(model, hidden[:, positions]).argmax(-1)
         return (choices == tokens.to(hidden.device)[:, positions + 1]).float().mean(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallProbe(Questions):
+    """Sequences that ask for values, and how many of them the teacher knows."""
+
+    split: Split
+    template: Template
+    num_pairs: int
+    teacher_recall: float
+    """Share of the teacher's answers that are right, 0 to 1."""
+
+    def __str__(self) -> str:
+        """For people: what is asked."""
+        return f"{self.num_pairs} pairs '{self.template}'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthProbe(Questions):
+    """Sequences of one length that ask, in the end, for what they were told before."""
+
+    kind: Literal["key-value", "needle"]
+    """Pairs at the beginning, or one fact at a depth of the prose."""
+    length: int
+    """T: all of a sequence, answers included."""
+    depth: float | None = None
+    """Of a needle, 0 to 1."""
+
+    def __str__(self) -> str:
+        """For people: what is asked."""
+        depth = "" if self.depth is None else f", depth {self.depth:g}"
+        return f"{self.kind}, {self.length:,} tokens{depth}"
 
 
 def make_probe(
@@ -169,14 +218,122 @@ def recall(model: Any, probe: RecallProbe) -> float:
 
 
 @torch.no_grad()
-def answers(model: Any, probe: RecallProbe) -> Tensor:
+def answers(model: Any, probe: Questions) -> Tensor:
     """Share of right answers in each sequence, ``(S,)``."""
     device = next(model.parameters()).device
     shares = []
-    for rows in probe.batches(NUM_TRIED):
+    for rows in probe.batches(max(1, min(NUM_TRIED, TOKENS_AT_ONCE // probe.tokens.shape[1]))):
         tokens = rows.to(device)
         shares.append(probe.right(model, body(model, tokens), tokens))
     return torch.cat(shares)
+
+
+def make_length_probes(
+    teacher: Teacher,
+    text: Tensor,
+    lengths: Sequence[int],
+    *,
+    template: Template | None = None,
+    num_sequences: int = LENGTH_SEQUENCES,
+    seed: int = 0,
+) -> list[LengthProbe]:
+    """Probes of each length: pairs at the beginning, and a needle at each depth.
+
+    Words that stand in the prose are not drawn, as long as there are others.
+
+    Args:
+        teacher: Whose tokenizer writes them.
+        text: Prose to stand in between, tokens ``(N,)``; used again from its start where it is
+            shorter than a sequence.
+        lengths: T of each, in tokens.
+        template: How a pair is written; None takes the test split's first.
+        num_sequences: S.
+        seed: Of words and passages.
+
+    Raises:
+        InputError: A length leaves no room for the questions.
+    """
+    glue = _glue(teacher, template or TEMPLATES["test"][0])
+    assert glue is not None
+    probes = []
+    for length in sorted(set(lengths)):
+        rng = random.Random(f"{seed} length {length}")
+        prose = _passages(text, length, num_sequences, rng)
+        seen, words = set(prose.flatten().tolist()), _words(teacher, "test")
+        unseen = [word for word in words if word not in seen]
+        words = unseen if len(unseen) >= 2 * NUM_PAIRS[0] else words
+        probes.append(_pairs_at_distance(words, _start(teacher), glue, prose, rng))
+        for depth in DEPTHS:
+            probes.append(_needle(teacher, words, prose, depth, rng))
+    return probes
+
+
+def most_positions(teacher: Teacher) -> int | None:
+    """Tokens that a sequence can have at most; None where positions are computed, not learnt."""
+    model, most = teacher.model, teacher.context
+    learnt = any(
+        # Some families keep a few rows in front for padding.
+        isinstance(module, nn.Embedding) and 0 <= module.num_embeddings - most <= 8
+        for module in model.modules()
+        if module is not model.get_input_embeddings()
+    )
+    return most if learnt else None
+
+
+def _passages(text: Tensor, length: int, count: int, rng: random.Random) -> Tensor:
+    """Passages of a text ``(count, length)``, each from a place of its own on."""
+    starts = torch.tensor([rng.randrange(len(text)) for _ in range(count)])
+    return text[(starts[:, None] + torch.arange(length)) % len(text)]
+
+
+def _pairs_at_distance(
+    words: Sequence[int],
+    start: list[int],
+    glue: tuple[list[int], list[int], list[int]],
+    prose: Tensor,
+    rng: random.Random,
+) -> LengthProbe:
+    num_pairs, (count, length) = NUM_PAIRS[0], prose.shape
+    rows, positions = _rows(words, start, glue, num_pairs, count, rng)
+    between = length - rows.shape[1]
+    if between < 0:
+        raise InputError(
+            f"--recall-lengths: each must hold {num_pairs} pairs and the questions for them, "
+            f"{rows.shape[1]} tokens, but one is {length}"
+        )
+    told = len(start) + num_pairs * (sum(map(len, glue)) + 2)
+    tokens = torch.cat([rows[:, :told], prose[:, :between], rows[:, told:]], dim=1)
+    return LengthProbe(
+        kind="key-value", length=length, tokens=tokens, positions=positions + between
+    )
+
+
+def _needle(
+    teacher: Teacher, words: Sequence[int], prose: Tensor, depth: float, rng: random.Random
+) -> LengthProbe:
+    cue, end = (
+        teacher.tokenizer.encode(part, add_special_tokens=False) for part in (FACT, FACT_END)
+    )
+    start, length = _start(teacher), prose.shape[1]
+    room = length - len(start) - 2 * len(cue) - len(end) - 2
+    if room < 0:
+        raise InputError(
+            f"--recall-lengths: each must hold a needle and its question, {length - room} tokens, "
+            f"but one is {length}"
+        )
+    before = round(depth * room)
+    rows = []
+    for passage in prose[:, :room].tolist():
+        word = rng.choice(words)
+        told = [*passage[:before], *cue, word, *end, *passage[before:]]
+        rows.append([*start, *told, *cue, word])
+    return LengthProbe(
+        kind="needle",
+        length=length,
+        depth=depth,
+        tokens=torch.tensor(rows),
+        positions=torch.tensor([length - 2]),
+    )
 
 
 def _rows(

@@ -294,3 +294,47 @@ def test_what_cannot_do_without_recall_is_told_before_the_bank_is_trained(tmp_pa
     with pytest.raises(ConfigError, match=r"must score recall.*recall_drop.*solves no recall prob"):
         search(study)
     assert not list((tmp_path / "bank").glob("*"))
+
+
+@pytest.mark.parametrize("reach", [10**6, 330, 40])
+def test_what_is_found_over_length_is_what_is_within_reach(reach):
+    teacher = teacher_of(Memory(reach), tokenizer=Words(), context=256)
+    text = torch.randint(10, 250, (500,), generator=torch.Generator().manual_seed(0))
+    # Longer than the teacher was made for, and than the text.
+    probes = recall.make_length_probes(teacher, text, [300, 600], num_sequences=3)
+    assert [(p.length, p.depth) for p in probes if p.kind == "needle"] == [
+        (length, depth) for length in (300, 600) for depth in recall.DEPTHS
+    ]
+    for probe in probes:
+        assert probe.tokens.shape == (3, probe.length)
+        share = recall.answers(teacher.model, probe).mean().item()
+        if probe.kind == "needle":
+            # From the question back to the word.
+            cue = len(recall.FACT) + 1
+            back = (1 - probe.depth) * (probe.length - 2 * cue) + cue
+            assert share == float(back < reach), str(probe)
+        elif reach == 330:
+            assert share == float(probe.length == 300)
+        else:
+            assert share == float(reach > 330)
+
+
+def test_length_probes_hold_what_they_ask_for_once():
+    teacher = teacher_of(Memory(), tokenizer=Words())
+    text = torch.randint(10, 250, (300,), generator=torch.Generator().manual_seed(0))
+    # Half of the test split's words stand in the prose, of which each passage is all.
+    words = recall._words(teacher, "test")
+    text[: len(words) // 2] = torch.tensor(words[: len(words) // 2])
+    for probe in recall.make_length_probes(teacher, text, [300], num_sequences=4):
+        for row in probe.tokens.tolist():
+            values = [row[position + 1] for position in probe.positions.tolist()]
+            assert len(set(values)) == len(values) == (12 if probe.kind == "key-value" else 1)
+            assert all(row.count(value) == 2 for value in values)
+            assert set(values) <= set(words[len(words) // 2 :])
+    again = recall.make_length_probes(teacher, text, [300], num_sequences=4)
+    assert torch.equal(
+        again[0].tokens,
+        recall.make_length_probes(teacher, text, [300, 500], num_sequences=4)[0].tokens,
+    )
+    other = recall.make_length_probes(teacher, text, [300], num_sequences=4, seed=1)
+    assert not torch.equal(again[0].tokens, other[0].tokens)

@@ -17,6 +17,7 @@ from mohawk_nas.config import FIGURES, StudyConfig
 from mohawk_nas.distill.logits import LogitsResult
 from mohawk_nas.evaluate import Evaluation
 from mohawk_nas.layout import Layout
+from mohawk_nas.metrics import Figure
 from mohawk_nas.mixer import MIXERS
 from mohawk_nas.plan import Plan
 from mohawk_nas.recall import RecallProbe
@@ -34,6 +35,7 @@ from mohawk_nas.search.strategy import SHORT_NAMES, STRATEGIES, strategy_names
 
 __all__ = [
     "reporter",
+    "show_comparison",
     "show_distillation",
     "show_evaluation",
     "show_export",
@@ -222,6 +224,34 @@ def show_evaluation(rows: Sequence[Evaluation], probe: RecallProbe | None) -> No
         else f"share of right answers to {probe}; the teacher's is what there is to keep"
     )
     _say(f"KL in nats a token. Recall: {asked}.")
+
+
+def show_comparison(rows: Sequence[Evaluation], *, block_size: int, file: Path) -> None:
+    """The model beside its teacher, figure by figure."""
+    teacher, student = rows[0], rows[-1]
+    table = _table(f"The {student.name} beside the teacher, ± one standard error")
+    table.add_column("figure", no_wrap=True)
+    for column in ("teacher", student.name, "difference"):
+        table.add_column(column, justify="right", no_wrap=True)
+    its = {figure.name: figure for figure in student.compared}
+    for figure in teacher.compared:
+        if (other := its.get(figure.name)) is not None:
+            cells = (_figure(figure), _figure(other), _figure(other.minus(figure), sign="+"))
+            table.add_row(figure.name, *cells)
+    _OUT.print(table)
+    _say(
+        "Differences are taken block by block and question by question where both answered the "
+        "same ones. Cross-entropy and perplexity: lower is better; all else: higher is better."
+    )
+    if teacher.lengths:
+        _say(f"The student was distilled on blocks of {block_size:,} tokens.")
+    _say(f"Wrote  {file}")
+
+
+def _figure(figure: Figure, *, sign: str = "") -> str:
+    digits = ".4f" if abs(figure.value) < 100 else ",.1f"
+    error = "" if figure.standard_error is None else f" ± {figure.standard_error:{digits}}"
+    return f"{figure.value:{sign}{digits}}{error}"
 
 
 def show_names(what: str) -> None:
