@@ -6,10 +6,11 @@
 The study is the table's, and `--try` names what differs from its `distill.logits`. Some layouts of
 the budget are scored undistilled; those distilled stand at equal distances in a part of their order
 by `--by`, the middle eight tenths of KL unless told. Most layouts recall nothing, so a recipe that
-keeps recall is found among the best by it: `--by recall --between 0,0.03`. They are measured on the validation split, since a recipe chosen by the test
-split would flatter what is tested. Of each recipe and budget: mean KL and recall, the change of KL
-in each layout, and the rank correlation with the recipe's largest budget. The rows are written to
-`--out`, and the same command goes on where it was stopped.
+keeps recall is found among the best by it: `--by recall --between 0,0.03`. They are measured on the
+validation split, since a recipe chosen by the test split would flatter what is tested. Of each
+recipe and budget: mean KL and recall, the change of KL in each layout, and the rank correlation
+with the recipe's largest budget. The rows are written to `--out`, and the same command goes on
+where it was stopped.
 """
 
 from __future__ import annotations
