@@ -1,11 +1,12 @@
 """Decoding in place is generate(), token by token; kernels of a step are what they stand for."""
 
 import json
+import sys
+from pathlib import Path
 
 import interpreting
 import pytest
 import torch
-from moving_average import MovingAverageConfig
 from test_student import FreshMixers, batch, layout_of, positions, student_of, teacher_of
 
 from mohawk_nas import decoding
@@ -13,8 +14,9 @@ from mohawk_nas.decoding import Decoder, continue_tokens, decode_obstacle, sampl
 from mohawk_nas.errors import MixerError
 from mohawk_nas.kernels.decode_attention import decode_attention, pick_backend
 from mohawk_nas.layout import ATTENTION
-from mohawk_nas.mixer import Mixer, build_mixer, mixer_config
+from mohawk_nas.mixer import MIXERS, Mixer, build_mixer, mixer_config
 from mohawk_nas.mixers._step import StepSizes, decode_step, plain_step
+from mohawk_nas.registry import load_plugin
 from mohawk_nas.student import assemble
 from mohawk_nas.testing import perturb, tiny_model, tiny_view
 
@@ -273,10 +275,23 @@ def test_mixers_in_float32_are_cast_once_in_a_model_of_half_precision():
 # Mixers of other kinds
 
 
-class MovingAverages:
-    def mixer(self, layer, candidate):
-        config = MovingAverageConfig()
-        return build_mixer(config, tiny_view(layer=layer, num_hidden_layers=4), seed=layer)
+@pytest.fixture
+def moving_averages():
+    """Mixers of a plugin, which other tests must not find registered."""
+    before = dict(MIXERS._items)
+    load_plugin(Path(__file__).with_name("moving_average.py"))
+    config = MIXERS.get("moving_average")()
+
+    class MovingAverages:
+        def mixer(self, layer, candidate):
+            view = tiny_view(layer=layer, num_hidden_layers=4)
+            return build_mixer(config, view, seed=layer)
+
+    yield MovingAverages()
+    MIXERS._items.clear()
+    MIXERS._items.update(before)
+    for name in [name for name in sys.modules if name.startswith("mohawk_nas_plugin_")]:
+        del sys.modules[name]
 
 
 class Growing(Mixer):
@@ -300,11 +315,9 @@ class GrowingMixers:
 
 
 @torch.no_grad()
-def test_a_mixer_without_a_step_of_its_own_is_stepped_all_the_same():
-    student, inputs = (
-        assemble(teacher_of("llama"), layout_of("AMMA"), MovingAverages()),
-        batch(padded=True),
-    )
+def test_a_mixer_without_a_step_of_its_own_is_stepped_all_the_same(moving_averages):
+    student = assemble(teacher_of("llama"), layout_of("AMMA"), moving_averages)
+    inputs = batch(padded=True)
     expected = student.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert torch.equal(decode(student, inputs, prefill_tokens=9), expected)
 
