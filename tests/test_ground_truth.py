@@ -113,6 +113,27 @@ def test_picks_are_found_once(table, study, tmp_path, monkeypatch):
     assert all(chosen[label] == layout for label, layout in found["named"])
 
 
+def test_processes_share_the_work(table, study, tmp_path, capsys):
+    path, _ = study
+    out = tmp_path / "shared.jsonl"
+    options = ["--out", str(out), "--workers", "2", "--distil", "5", "--tokens", "0,640"]
+    assert table.main([str(path), *options, "--seeds", "0,1", "--seeds-of", "2"]) == 0
+    rows = rows_of(out)
+    assert len({r["layout"] for r in rows if r["kind"] == "zero_shot"}) == 6
+    assert sum(row["kind"] == "zero_shot" for row in rows) == 6
+    done = [(r["layout"], r["tokens"], r["seed"]) for r in rows if r["kind"] == "distilled"]
+    assert len(done) == len(set(done)) == 12
+    # One process alone finds nothing left to do.
+    alone = [str(path), "--out", str(out), "--distil", "5", "--tokens", "0,640"]
+    assert table.main(alone) == 0
+    assert rows_of(out) == rows
+    # What a process says of its failure is told.
+    assert (
+        table.main([str(path), "distill.logits.lr=0.5", "--out", str(out), "--workers", "2"]) == 2
+    )
+    assert "was begun with another study" in capsys.readouterr().err
+
+
 def test_layouts_can_be_asked_for(table, study, tmp_path, capsys):
     path, _ = study
     out, asked = tmp_path / "asked.jsonl", tmp_path / "asked.txt"

@@ -15,6 +15,9 @@ objectives, `"kind": "probe"` lines those of a layout that a selector looked at 
 the `"kind": "picks"` line what the selectors chose, the `"kind": "stage2"` line each layer's
 stage-2 loss, `"kind": "distilled"` lines a layout's figures after so many tokens of stage 3.
 
+`--workers 4` shares the work out to four processes, each with a GPU of its own; what they print
+stands in files beside the table.
+
 `--layouts` names a file of further layouts to distil, one a line as `4,10,16,22`: what strategies
 pick when they are replayed on the table (`regret.py --missing`).
 """
@@ -24,8 +27,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +40,7 @@ from typing import Any
 from mohawk_nas.audit import choose_layouts, measure_on, swaps
 from mohawk_nas.config import OBJECTIVES, StudyConfig, load_study, plain
 from mohawk_nas.distill.several import distil_layouts, students_at_once
-from mohawk_nas.errors import InputError, MohawkError
+from mohawk_nas.errors import InputError, MohawkError, RunError
 from mohawk_nas.files import RowFile
 from mohawk_nas.layout import Layout
 from mohawk_nas.plan import find_problems
@@ -45,6 +50,7 @@ from mohawk_nas.search.objectives import BankScorer
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.strategy import SearchContext, named_baselines
 from mohawk_nas.search.study import trial_seed
+from mohawk_nas.search.workers import environments
 from mohawk_nas.workbench import Workbench
 
 DIGITS = 6
@@ -57,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_study(args.study, args.overrides)
         if problems := find_problems(config):
             raise InputError("\n".join(problems))
-        make(config, args)
+        if args.workers > 1:
+            share_out(config, args)
+        else:
+            make(config, args)
     except MohawkError as error:
         print(f"table: error: {error}", file=sys.stderr)
         return 2
@@ -86,6 +95,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds-of", type=int, help="layouts that get the seeds after the first; all")
     add("--at-once", type=int, help="students trained side by side; as memory allows")
     add("--part", type=part, default=(0, 1), help="1/2 and 2/2 share the work of two processes")
+    add("--workers", type=int, default=1, help="processes, each with the next GPU")
     add("--minutes", type=float, default=float("inf"), help="begin nothing after so long")
     return parser.parse_intermixed_args(argv)
 
@@ -105,6 +115,58 @@ def part(text: str) -> tuple[int, int]:
     return int(number) - 1, int(count)
 
 
+def share_out(config: StudyConfig, args: argparse.Namespace) -> None:
+    """The same by several processes: the bank, then scores and picks, then distillations."""
+    until = time.perf_counter() + 60 * args.minutes
+    out, distils = table_path(config, args), bool(args.distil or args.layouts)
+    scores = [] if args.zero_shot is None else ["--zero-shot", str(args.zero_shot)]
+    last = [*scores, "--distil", str(args.distil)]
+    for name in ("tokens", "seeds"):
+        last += [f"--{name}", ",".join(map(str, getattr(args, name)))]
+    for name in ("layouts", "seeds_of", "at_once"):
+        if (value := getattr(args, name)) is not None:
+            last += ["--" + name.replace("_", "-"), str(value)]
+    # What selectors pick is found by one, while the others score.
+    scorers = args.workers - bool(args.distil)
+    rounds = [
+        {"bank": ["--zero-shot", "0"]},
+        {f"scores-{n}": [*scores, "--part", f"{n}/{scorers}"] for n in range(1, scorers + 1)}
+        | ({"picks": ["--picks"]} if args.distil else {}),
+    ]
+    if distils:
+        parts = [f"{n}/{args.workers}" for n in range(1, args.workers + 1)]
+        rounds.append({f"distil-{n}": [*last, "--part", x] for n, x in enumerate(parts, 1)})
+    places = environments(args.workers, config.teacher.device)
+    for commands in rounds:
+        running = {}
+        for (name, options), place in zip(commands.items(), places, strict=False):
+            left = max(0.0, (until - time.perf_counter()) / 60)
+            command = [sys.executable, __file__, str(args.study), *args.overrides, *options]
+            command += ["--out", str(out), "--minutes", str(left)]
+            log = out.with_name(f"{out.stem}.{name}.log")
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("w", encoding="utf-8") as printed:
+                running[log] = subprocess.Popen(
+                    command, stdout=printed, stderr=subprocess.STDOUT, env=os.environ | place
+                )
+        print(f"{', '.join(commands)}: see {out.with_name(out.stem)}.*.log", flush=True)
+        try:
+            failed = [log for log, process in running.items() if process.wait()]
+        finally:
+            # Ctrl-C reaches them too; whoever else stopped this one must not leave them behind.
+            for process in running.values():
+                process.terminate()
+        if failed:
+            said = failed[0].read_text(encoding="utf-8").strip().splitlines()
+            raise RunError(f"{failed[0]}: {said[-1] if said else 'ended without a word'}")
+        if time.perf_counter() > until:
+            return
+
+
+def table_path(config: StudyConfig, args: argparse.Namespace) -> Path:
+    return args.out or Path(__file__).parent / f"{config.name}.jsonl"
+
+
 def make(config: StudyConfig, args: argparse.Namespace) -> None:
     """Everything that the arguments ask for and the table lacks."""
     until = time.perf_counter() + 60 * args.minutes
@@ -112,7 +174,7 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
     bench = Workbench(config, reporter)
     if len(bench.space.replacements) != 1:
         raise InputError("space.candidates: a table names attention layers, so it takes one mixer")
-    table = RowFile(args.out or Path(__file__).parent / f"{config.name}.jsonl")
+    table = RowFile(table_path(config, args))
     head = {
         "kind": "head",
         "study": settings(config),
