@@ -157,13 +157,21 @@ def distill(
     overrides: Overrides = None,
     force: Force = False,
 ) -> None:
-    """Distil the chosen layout in full; run again after a stop, and it goes on."""
-    from mohawk_nas import pipeline
+    """Distil the chosen layout in full; run again after a stop, and it goes on.
+
+    SIGTERM or Ctrl-C during stage 3 saves and exits with 75. On several GPUs, or hosts that share
+    the run's folder: torchrun --nproc-per-node 4 -m mohawk_nas distill best.yaml
+    """
+    from mohawk_nas import pipeline, ranks
     from mohawk_nas.reporting import screen
 
     _quiet()
-    chosen = pipeline.load_best(best, overrides or ())
-    result, folder = pipeline.distill(chosen, reporter=screen.reporter(), force=force)
+    with ranks.joined(tensors=True):
+        if ranks.rank():
+            pipeline.help_distill(best, overrides or ())
+            return
+        chosen = pipeline.load_best(best, overrides or ())
+        result, folder = pipeline.distill(chosen, reporter=screen.reporter(), force=force)
     screen.show_distillation(result, next_command=f"mohawk-nas export {folder}")
 
 
@@ -334,7 +342,11 @@ def _quiet() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 failed midway, 2 bad input, 130 stopped by the user."""
+    """Run one command and exit.
+
+    0 done, 1 failed midway, 2 bad input, 75 stopped by a signal with all work saved, 130 stopped by
+    the user.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     with_traceback = "--traceback" in arguments
     arguments = [a for a in arguments if a != "--traceback"]
