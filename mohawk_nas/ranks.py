@@ -78,15 +78,25 @@ def joined(*, tensors: bool = False) -> Iterator[None]:
         yield
         return
     on_gpus = tensors and torch.cuda.is_available() and dist.is_nccl_available()
-    # Numbers travel between CPUs either way: they wait for no GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
+    store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # torchrun keeps its store when it starts processes again, and in it the addresses of those that
+    # are gone.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        # Numbers travel between CPUs either way: they wait for no GPU.
+        "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+        store=dist.PrefixStore(f"start {start}", store),
+        rank=number,
+        world_size=count,
+        timeout=PATIENCE,
+    )
     _told = False
     try:
         yield
     except BaseException as e:
         if rank() == 0 and not _told:
             _tell(False)
-        if rank() and isinstance(e, RuntimeError) and ("gloo" in str(e) or "NCCL" in str(e)):
+        if isinstance(e, RuntimeError) and ("gloo" in str(e) or "NCCL" in str(e)):
             raise RunError(_ANOTHER_STOPPED) from e
         if not (on_gpus and _told):
             # Else others may be in the midst of an exchange that never ends; the process does.

@@ -187,19 +187,32 @@ class DataParallelTrainer(_RanksTrainer):
         followers, masters = self._followers[0]
         self._master_of = dict(zip(followers, masters, strict=True))
         with warnings.catch_warnings():
-            # Parameters that nothing depends on are looked for, since a user's mixer may have
-            # some, and because buckets then keep their order: sums are the same after a resume.
-            warnings.filterwarnings("ignore", message="find_unused_parameters")
+            # The new name of this setting is not known to older releases.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers`")
             wrapped = DistributedDataParallel(
-                _Whole(student), broadcast_buffers=False, find_unused_parameters=True
+                _Whole(student), broadcast_buffers=False, gradient_as_bucket_view=True
             )
         # Annotations of a hook must be classes, not their names.
-        wrapped.register_comm_hook(self._master_of, lambda *of: _mean_in_float32(*of))
+        wrapped.register_comm_hook(
+            self._master_of, lambda state, bucket: _mean_in_float32(state, bucket)
+        )
         self._whole = self._wrapped = wrapped
+        self._settle_buckets()
 
     def release(self) -> None:
         super().release()
         self._whole = self._wrapped = None  # type: ignore[assignment]
+
+    def _settle_buckets(self) -> None:
+        """Have gradients put into buckets in the order they come, before the first step.
+
+        DDP does so after its first backward pass, and sums over three ranks or more depend on
+        where in a bucket a number stands: a run that goes on must not begin with other buckets.
+        """
+        tokens = torch.zeros(1, 8, dtype=torch.long, device=self.teacher.device)
+        for _ in range(2):
+            self._add_share(tokens, exchanges=True)
+        self.optimizers[0].zero_grad(set_to_none=False)
 
     def _add_share(self, tokens: Tensor, *, exchanges: bool) -> None:
         for follower in self._followers[0][0]:
