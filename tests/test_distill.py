@@ -251,7 +251,10 @@ def test_gradients_that_are_not_finite_never_reach_the_weights(bench, tmp_path, 
     before = {n: p.clone() for n, p in student.state_dict().items()}
     monkeypatch.setattr(module, "logits_loss", lambda t, s, *rest, **more: s.sum() * float("nan"))
     long = dataclasses.replace(CONFIG, tokens=64 * 20)
-    with pytest.raises(TrainingError, match=r"finite in 1[1-3] steps, more than distill\.logits\.max_bad_steps \(10\); lower"):
+    with pytest.raises(
+        TrainingError,
+        match=r"finite in 1[1-3] steps, more than distill\.logits\.max_bad_steps \(10\); lower",
+    ):
         run(bench, tmp_path, long, student)
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, before[name]), name

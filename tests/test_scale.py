@@ -11,10 +11,13 @@ import sys
 import processes
 import pytest
 import torch
-from tiny_study import make_study
+from tiny_study import make_study, make_teacher, make_text
 
 from mohawk_nas import pipeline
-from mohawk_nas.distill.parallel import ShardedTrainer
+from mohawk_nas.config import LogitsConfig
+from mohawk_nas.distill import checkpoints
+from mohawk_nas.distill.parallel import DataParallelTrainer, ShardedTrainer, parallel_mode
+from mohawk_nas.errors import ConfigError
 from mohawk_nas.files import load_tensors
 
 pytestmark = [
@@ -29,6 +32,8 @@ STEPS = 10
 def searched(tmp_path_factory):
     """A searched run whose stage 2 goes on; three heads do not divide over two processes."""
     folder = tmp_path_factory.mktemp("scale")
+    make_teacher(folder / "teacher", num_heads=3, hidden_size=36)
+    make_text(folder / "text.jsonl")
     study = make_study(folder, "distill.hidden.tokens=128", "distill.hidden.batch_size=4")
     return pipeline.search(study)[1].parent
 
@@ -115,7 +120,8 @@ def test_torchrun_restarts_what_was_killed_and_ends_as_unbroken(fresh, whole):
 @pytest.mark.parametrize(("count", "mode"), [(1, "auto"), (2, "ddp"), (2, "fsdp")])
 def test_runs_that_are_killed_anywhere_end_as_unbroken(fresh, whole, count, mode):
     run, rng = fresh("killed"), random.Random(count)
-    for step in (3, 4):
+    # Sharded steps take long on a CPU.
+    for step in (5,) if mode == "fsdp" else (3, 4):
         rank = rng.randrange(count)
         # Somewhere in a step, in the looks after it, or while a checkpoint is written.
         seconds = rng.uniform(0.001, 0.05)
@@ -128,3 +134,123 @@ def test_runs_that_are_killed_anywhere_end_as_unbroken(fresh, whole, count, mode
         assert codes[rank] == -signal.SIGKILL
     assert distil(count, run, mode) == [0] * count
     assert_same(run / "distill", whole(count, mode if count > 1 else "ddp"))
+
+
+def test_a_signal_to_one_process_saves_and_ends_all(fresh, whole, tmp_path):
+    run, log = fresh("stopped"), tmp_path / "log.txt"
+    folder = run / "distill"
+    codes = distil(
+        2,
+        run,
+        before=lambda: processes.die_in(3, rank=1, number=signal.SIGTERM),
+        log=log,
+    )
+    assert codes == [75, 75]
+    # The step in which the signal came is the last, and is saved though no checkpoint is due.
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
+    (told,) = [line for line in log.read_text().splitlines() if line.startswith("mohawk-nas: ")]
+    assert "after step 3 of 10, which is saved; the same command goes on" in told
+    # Another number of processes goes on from there, and back.
+    codes = distil(
+        1, run, before=lambda: processes.die_in(4, number=signal.SIGINT), log=tmp_path / "two.txt"
+    )
+    assert codes == [75]
+    told = (tmp_path / "two.txt").read_text()
+    assert "continuing after step 3 of 10" in told and "stopped by SIGINT after step 7" in told
+    assert (folder / "checkpoint.safetensors").is_file()
+    assert not list(folder.glob("checkpoint-*"))
+    assert distil(2, run, "fsdp") == [0, 0]
+    assert not (folder / "checkpoint.safetensors").exists()
+    assert_close(folder, whole(1))
+
+
+def test_sharded_checkpoints_are_read_by_one_process(fresh, whole):
+    run = fresh("stopped")
+    stop = {"before": lambda: processes.die_in(4, rank=0, number=signal.SIGTERM)}
+    assert distil(2, run, "fsdp", **stop) == [75, 75]
+    assert distil(1, run) == [0]
+    assert_close(run / "distill", whole(1))
+
+
+def test_a_half_written_checkpoint_is_not_taken_for_a_whole_one(fresh, whole, tmp_path):
+    run = fresh("half")
+    folder = run / "distill"
+
+    def die_before_it_has_its_name():
+        real, calls = checkpoints.dcp.save, []
+
+        def dying(*args, **options):
+            real(*args, **options)
+            calls.append(args)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoints.dcp.save = dying
+
+    assert -signal.SIGKILL in distil(2, run, before=die_before_it_has_its_name)
+    half = folder / ".checkpoint-4"
+    for part in half.glob("*.distcp"):
+        part.write_bytes(part.read_bytes()[:100])
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert distil(2, run, log=tmp_path / "log.txt") == [0, 0]
+    assert "continuing after step 2 of 10" in (tmp_path / "log.txt").read_text()
+    assert_same(folder, whole(2))
+    assert not half.exists()
+    # One that lost something after it got its name is told by its name.
+    (whole_one,) = folder.glob("checkpoint-*")
+    (whole_one / ".metadata").write_bytes(b"")
+    assert distil(1, run, log=tmp_path / "damaged.txt") == [2]
+    told = (tmp_path / "damaged.txt").read_text()
+    assert f"{whole_one}: must hold a whole checkpoint, but: " in told and "use --force" in told
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_what_is_not_finite_on_one_process_moves_nothing_on_any(fresh, tmp_path, mode):
+    run, log = fresh("spoiled"), tmp_path / "log.txt"
+
+    def spoil():
+        for kind in (DataParallelTrainer, ShardedTrainer):
+            before = kind._loss
+            kind._loss = lambda self, tokens, before=before: (
+                before(self, tokens) * (float("nan") if os.environ["RANK"] == "1" else 1.0)
+            )
+
+    codes = distil(2, run, mode, "distill.logits.max_bad_steps=4", before=spoil, log=log)
+    assert codes == [1, 1]
+    (told,) = [line for line in log.read_text().splitlines() if line.startswith("mohawk-nas: ")]
+    assert "not finite in " in told and "distill.logits.max_bad_steps (4)" in told
+    folder = run / "distill"
+    # The last checkpoint holds what the first one began with.
+    best = load_tensors(folder / "best.safetensors")
+    (path,) = folder.glob("checkpoint-*")
+    state = {f"weight/{name}": torch.zeros_like(tensor) for name, tensor in best.items()}
+    checkpoints.dcp.load(state, checkpoint_id=path, no_dist=True)
+    for name, tensor in best.items():
+        assert torch.equal(state[f"weight/{name}"], tensor), name
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_at_once(searched, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"multiple of their number \(3\), but got 4"):
+        pipeline.distill(pipeline.load_best(searched))
+
+
+def test_the_mode_follows_from_size_and_choice(monkeypatch):
+    class Small:
+        device = torch.device("cpu")
+
+    assert parallel_mode(LogitsConfig(parallel="fsdp"), Small()) == "one"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parallel_mode(LogitsConfig(parallel="fsdp"), Small()) == "fsdp"
+    assert parallel_mode(LogitsConfig(), Small()) == "ddp"
+
+
+def test_what_decides_speed_alone_may_change_between_two_commands(fresh, whole):
+    run = fresh("changed")
+    stop = {"before": lambda: processes.die_in(5, number=signal.SIGTERM)}
+    assert distil(1, run, **stop) == [75]
+    more = ["distill.logits.activation_checkpointing=true", "distill.logits.max_bad_steps=3"]
+    assert distil(1, run, "fsdp", *more) == [0]
+    assert_same(run / "distill", whole(1))
+    raw = json.loads((run / "distill/settings.json").read_text(encoding="utf-8"))
+    assert "schedule" not in raw["distill"]["logits"] and "teacher" not in raw["distill"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -38,6 +39,17 @@ from mohawk_nas.ranks import num_ranks, of_first, rank, wait_for_all
 __all__ = ["Checkpoints"]
 
 PROGRESS = "progress.json"
+
+_UNREADABLE = (
+    dcp.CheckpointException,
+    DamagedFile,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
 
 class Checkpoints:
@@ -127,7 +139,7 @@ class Checkpoints:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*single process.*")
                 dcp.load(state | random, checkpoint_id=path, no_dist=num_ranks() == 1)
-        except (dcp.CheckpointException, OSError, RuntimeError, ValueError) as e:
+        except _UNREADABLE as e:
             reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
             raise DamagedFile(f"{path}: must hold a whole checkpoint, but: {reason}") from e
         trainer.follow()
