@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from mohawk_nas.errors import MohawkError, RunError
 
@@ -78,14 +80,14 @@ def joined(*, tensors: bool = False) -> Iterator[None]:
         yield
         return
     on_gpus = tensors and torch.cuda.is_available() and dist.is_nccl_available()
-    store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store, number, count = next(rendezvous("env://", timeout=PATIENCE))
     # torchrun keeps its store when it starts processes again, and in it the addresses of those that
     # are gone.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         # Numbers travel between CPUs either way: they wait for no GPU.
         "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
-        store=dist.PrefixStore(f"start {start}", store),
+        store=PrefixStore(f"start {start}", store),
         rank=number,
         world_size=count,
         timeout=PATIENCE,

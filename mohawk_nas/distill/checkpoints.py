@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from mohawk_nas.distill.logits_trainer import LogitsTrainer
 from mohawk_nas.errors import TrainingError
@@ -41,7 +44,7 @@ __all__ = ["Checkpoints"]
 PROGRESS = "progress.json"
 
 _UNREADABLE = (
-    dcp.CheckpointException,
+    CheckpointException,
     DamagedFile,
     EOFError,
     KeyError,
@@ -100,8 +103,8 @@ class Checkpoints:
         beside = self.folder / f".{path.name}"
         with telling_full_disk(path):
             try:
-                dcp.save(state, checkpoint_id=beside)
-            except dcp.CheckpointException as e:
+                save(state, checkpoint_id=beside)
+            except CheckpointException as e:
                 reasons = sorted({str(error[0]) for error in e.failures.values()})
                 raise TrainingError(f"{path}: cannot be written: {'; '.join(reasons)}") from e
             if rank() == 0:
@@ -133,12 +136,12 @@ class Checkpoints:
         try:
             progress = read_json(path / PROGRESS)
             state: dict[str, Any] = trainer.state()
-            known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            known = FileSystemReader(path).read_metadata().state_dict_metadata
             # A rank that was not there has none.
             random = {k: v for k, v in _random_state(device).items() if k in known}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*single process.*")
-                dcp.load(state | random, checkpoint_id=path, no_dist=num_ranks() == 1)
+                load(state | random, checkpoint_id=path, no_dist=num_ranks() == 1)
         except _UNREADABLE as e:
             reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
             raise DamagedFile(f"{path}: must hold a whole checkpoint, but: {reason}") from e

@@ -66,7 +66,7 @@ def loss_of_hidden(
         return torch.stack([loss_of(i * at_once, part) for i, part in enumerate(parts)]).sum()
     head = student.get_output_embeddings()
     weights = [p for p in head.parameters() if p.requires_grad]
-    loss: Tensor = _ByParts.apply(loss_of, at_once, hidden, *weights)
+    loss: Tensor = _ByParts.apply(loss_of, at_once, hidden, *weights)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -120,7 +120,7 @@ def logits_loss(
 
 def _tokens_at_once(student: Any, hidden: Tensor) -> int:
     """Tokens whose logits may be alive at once."""
-    vocab = student.config.get_text_config().vocab_size
+    vocab: int = student.config.get_text_config().vocab_size
     values = HEAD_VALUES.get(hidden.device.type, HEAD_VALUES["cuda"])
     return max(1, values // vocab)
 

@@ -103,8 +103,8 @@ class _RanksTrainer(LogitsTrainer):
         self._figures.zero_()
         with fused_activations(self.teacher.model, *self.students):
             for number, tokens in enumerate(batches):
-                last = number + 1 == len(batches)
-                self._add_share(_sent(tokens, device), exchanges=last)
+                exchanges = number + 1 == len(batches)
+                self._add_share(_sent(tokens, device), exchanges=exchanges)
         for optimizer in self.optimizers:
             optimizer.set_rate(rate)
         # A number that is not finite on one rank is not finite in the sum.
@@ -218,42 +218,41 @@ class DataParallelTrainer(_RanksTrainer):
         for follower in self._followers[0][0]:
             follower.grad = None
         with nullcontext() if exchanges else self._wrapped.no_sync():
-            self._loss(tokens).backward()  # type: ignore[no-untyped-call]
+            self._loss(tokens).backward()
         if not exchanges:
             self._collect(0)
 
 
 def _mean_in_float32(
-    master_of: Mapping[Tensor, Tensor], bucket: dist.GradBucket
+    master_of: Mapping[Tensor, Tensor], bucket: Any
 ) -> torch.futures.Future[Tensor]:
     """Communication hook: the mean over ranks of what all batches of a step have given.
 
     A follower's gradient is the last batch's; those before have been added to its master's, which
     is where the mean goes.
     """
-    flat, parameters = bucket.buffer(), bucket.parameters()
-    masters = [master_of[p] for p in parameters if p in master_of]
+    flat: Tensor = bucket.buffer()
+    masters = [master_of[p] for p in bucket.parameters() if p in master_of]
     if not masters:
-        flat.div_(num_ranks())
-        return _summed(flat).then(lambda done: done.value()[0])
-    assert len(masters) == len(parameters)
-    totals = [master.grad for master in masters]
-    total = torch.cat([t.flatten() for t in totals]) + flat  # type: ignore[union-attr]
-    total.div_(num_ranks())
+        return _summed(flat.div_(num_ranks()))
+    # Buckets are of one type.
+    assert len(masters) == len(bucket.parameters())
+    totals = [master.grad for master in masters if master.grad is not None]
+    total = (torch.cat([t.flatten() for t in totals]) + flat).div_(num_ranks())
 
-    def hand_out(done: torch.futures.Future[list[Tensor]]) -> Tensor:
-        parts = done.value()[0].split([master.numel() for master in masters])
-        views = [part.view_as(master) for part, master in zip(parts, masters, strict=True)]
+    def hand_out(done: torch.futures.Future[Tensor]) -> Tensor:
+        parts = done.value().split([total.numel() for total in totals])
+        views = [part.view_as(total) for part, total in zip(parts, totals, strict=True)]
         torch._foreach_copy_(totals, views)
         return flat
 
     return _summed(total).then(hand_out)
 
 
-def _summed(flat: Tensor) -> torch.futures.Future[list[Tensor]]:
-    work = dist.all_reduce(flat, async_op=True)
-    assert work is not None
-    return work.get_future()
+def _summed(flat: Tensor) -> torch.futures.Future[Tensor]:
+    work: Any = dist.all_reduce(flat, async_op=True)
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return future
 
 
 class ShardedTrainer(_RanksTrainer):
@@ -345,7 +344,7 @@ class ShardedTrainer(_RanksTrainer):
 
     def _add_share(self, tokens: Tensor, *, exchanges: bool) -> None:
         self._root.set_requires_gradient_sync(exchanges)
-        self._loss(tokens).backward()  # type: ignore[no-untyped-call]
+        self._loss(tokens).backward()
 
     def _move_weights(self) -> None:
         for name, part in self.parameters[0].items():
