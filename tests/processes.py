@@ -11,7 +11,9 @@ import socket
 import sys
 import threading
 import time
+import traceback
 
+from mohawk_nas import ranks
 from mohawk_nas.cli import main
 from mohawk_nas.distill.logits_trainer import LogitsTrainer
 from mohawk_nas.distill.parallel import DataParallelTrainer, ShardedTrainer
@@ -44,7 +46,7 @@ def run(count, arguments, *, before=None, log=None):
 
     Args:
         count: Processes.
-        arguments: Of ``mohawk-nas``.
+        arguments: Of ``mohawk-nas``, or a function to call instead, joined to the others.
         before: Called in each process first.
         log: File that takes what they print.
 
@@ -71,9 +73,16 @@ def run(count, arguments, *, before=None, log=None):
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         code = 0
         try:
-            main(arguments)
+            if callable(arguments):
+                with ranks.joined(tensors=True):
+                    arguments()
+            else:
+                main(arguments)
         except SystemExit as e:
             code = e.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
         finally:
             sys.stderr.flush()
             os._exit(code)

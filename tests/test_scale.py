@@ -14,12 +14,23 @@ import pytest
 import torch
 from tiny_study import make_study, make_teacher, make_text
 
-from mohawk_nas import pipeline
+from mohawk_nas import pipeline, ranks
 from mohawk_nas.config import LogitsConfig
 from mohawk_nas.distill import checkpoints
-from mohawk_nas.distill.parallel import DataParallelTrainer, ShardedTrainer, parallel_mode
+from mohawk_nas.distill.logits_trainer import student_to_train
+from mohawk_nas.distill.parallel import (
+    DataParallelTrainer,
+    ShardedTrainer,
+    make_trainer,
+    parallel_mode,
+)
 from mohawk_nas.errors import ConfigError
-from mohawk_nas.files import load_tensors
+from mohawk_nas.files import load_tensors, save_tensors
+from mohawk_nas.layout import Layout
+from mohawk_nas.mixer import build_mixer, mixer_config
+from mohawk_nas.student import assemble
+from mohawk_nas.teacher import Teacher
+from mohawk_nas.testing import tiny_model
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
@@ -257,3 +268,59 @@ def test_what_decides_speed_alone_may_change_between_two_commands(fresh, whole):
     assert_same(run / "distill", whole(1))
     raw = json.loads((run / "distill/settings.json").read_text(encoding="utf-8"))
     assert "schedule" not in raw["distill"]["logits"] and "teacher" not in raw["distill"]
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("which", ["all", "mixers"])
+def test_beside_a_bfloat16_teacher_sums_are_float32_and_the_same(tmp_path, which, recomputes):
+    config = LogitsConfig(
+        batch_size=4,
+        accumulate=2,
+        # Adam forgives a wrong factor, and clipping would hide it in the moments.
+        grad_clip=1e6,
+        trainable=which,
+        activation_checkpointing=recomputes,
+    )
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.randint(3, 61, (6, 4, 16), generator=generator)
+
+    def train(mode):
+        teacher = Teacher(tiny_model("llama", tie_word_embeddings=True).to(torch.bfloat16))
+        mixer = mixer_config({"mixer": "mamba2", "chunk_size": 8})
+
+        class Bank:
+            def mixer(self, layer, name):
+                return build_mixer(mixer, teacher.views[layer], seed=layer).float()
+
+        layout = Layout(("mamba2", "attention"))
+        if mode == "fsdp":
+            student = assemble(teacher, layout, Bank(), share=False).float()
+        else:
+            student = student_to_train(teacher, layout, Bank(), which, taught_in=torch.bfloat16)
+        trainer = make_trainer(teacher, student, config, mode)
+        for pair in batches.split(2):
+            shares = pair.view(2, ranks.num_ranks(), -1, 16)[:, ranks.rank()]
+            trainer.step(list(shares), 1e-3)
+        losses = [row[0] for row, _ in trainer.read()]
+        state = {k: getattr(t, "full_tensor", lambda t=t: t)() for k, t in trainer.state().items()}
+        assert state.keys() >= {f"weight/{name}" for name in trainer.parameters[0]}
+        trainer.release()
+        if ranks.rank() == 0:
+            save_tensors(tmp_path / f"{mode}.safetensors", state)
+            (tmp_path / f"{mode}.json").write_text(json.dumps(losses))
+
+    train("one")
+    expected = load_tensors(tmp_path / "one.safetensors")
+    losses = json.loads((tmp_path / "one.json").read_text())
+    for mode in ("ddp", "fsdp"):
+        assert processes.run(2, lambda mode=mode: train(mode)) == [0, 0]
+        of_mode = json.loads((tmp_path / f"{mode}.json").read_text())
+        assert of_mode == pytest.approx(losses, rel=5e-3)
+        found = load_tensors(tmp_path / f"{mode}.safetensors")
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            assert tensor.dtype == torch.float32
+            if name.startswith("weight/"):
+                assert (tensor - expected[name]).abs().mean() < 3e-4, name
+            elif name.startswith("exp_avg/"):
+                assert (tensor - expected[name]).norm() < 0.03 * expected[name].norm(), name
