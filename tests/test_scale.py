@@ -24,10 +24,11 @@ from mohawk_nas.distill.parallel import (
     make_trainer,
     parallel_mode,
 )
-from mohawk_nas.errors import ConfigError
+from mohawk_nas.errors import ConfigError, RunError, TeacherError
 from mohawk_nas.files import load_tensors, save_tensors
 from mohawk_nas.layout import Layout
 from mohawk_nas.mixer import build_mixer, mixer_config
+from mohawk_nas.plan import find_problems
 from mohawk_nas.student import assemble
 from mohawk_nas.teacher import Teacher
 from mohawk_nas.testing import tiny_model
@@ -324,3 +325,64 @@ def test_beside_a_bfloat16_teacher_sums_are_float32_and_the_same(tmp_path, which
                 assert (tensor - expected[name]).abs().mean() < 3e-4, name
             elif name.startswith("exp_avg/"):
                 assert (tensor - expected[name]).norm() < 0.03 * expected[name].norm(), name
+
+
+def test_a_larger_teacher_of_the_same_tokens_teaches_in_stage_3(fresh, tmp_path):
+    make_teacher(tmp_path / "large", num_layers=5, num_heads=4, hidden_size=48, seed=1)
+    of_large = f"distill.teacher.source={tmp_path / 'large'}"
+    taught = fresh("taught")
+    result, folder = pipeline.distill(pipeline.load_best(taught, [of_large]))
+    # It is the larger one that KL is measured to and falls to.
+    plain, _ = pipeline.distill(pipeline.load_best(fresh("plain")))
+    assert result.before.mean_kl > 2 * plain.before.mean_kl
+    assert result.after.mean_kl < result.before.mean_kl
+    raw = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    assert raw["distill"]["teacher"]["source"] == str(tmp_path / "large")
+    with pytest.raises(RunError, match=r"other settings \(distill\.teacher\); use --force"):
+        pipeline.distill(pipeline.load_best(taught))
+    # Sharded, and on two processes.
+    shared = fresh("shared")
+    assert distil(2, shared, "fsdp", of_large) == [0, 0]
+    assert_close(shared / "distill", folder)
+
+
+def test_a_teacher_of_other_tokens_is_refused(fresh, searched, tmp_path):
+    make_teacher(tmp_path / "large", seed=1)
+    text = (tmp_path / "large/tokenizer.json").read_text(encoding="utf-8")
+    vocabulary = json.loads(text)
+    names = list(vocabulary["model"]["vocab"])
+    one, other = names[300], names[301]
+    numbers = vocabulary["model"]["vocab"]
+    numbers[one], numbers[other] = numbers[other], numbers[one]
+    (tmp_path / "large/tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    run, of_large = fresh("run"), f"distill.teacher.source={tmp_path / 'large'}"
+    with pytest.raises(TeacherError, match=r"distill.teacher: .*large \(4,096 .*teacher \(4,096"):
+        pipeline.distill(pipeline.load_best(run, [of_large]))
+    config = json.loads((tmp_path / "large/config.json").read_text(encoding="utf-8"))
+    (tmp_path / "large/config.json").write_text(json.dumps(config | {"vocab_size": 4000}))
+    study = pipeline.load_best(run, [of_large]).study
+    (problem,) = find_problems(study)
+    assert "large (4,000 logits) must have the vocabulary" in problem and "another size" in problem
+    (missing,) = find_problems(pipeline.load_best(run, [of_large + "/no"]).study)
+    assert missing.startswith("distill.teacher.source: ")
+
+
+def test_tensorboard_that_is_missing_is_named_at_once(searched, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    with pytest.raises(ConfigError, match=r"needs the tensorboard package.*mohawk-nas\[tensorb"):
+        pipeline.distill(pipeline.load_best(searched, ["distill.tensorboard=true"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("distill.teacher.dtype=float32", r"distill.teacher.source: must be given, since"),
+        ("distill.teacher={source: x, overrides: {a: 1}}", r"needs distill.teacher.random_weights"),
+        ("distill.logits.max_bad_steps=-1", r"max_bad_steps: must be at least 0, but got -1"),
+        ("distill.logits.parallel=tensor", r"distill.logits.parallel: .*tensor"),
+        ("distill.logits.schedule=linear", r"distill.logits.schedule: .*linear"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(searched, change, problem):
+    with pytest.raises(ConfigError, match=problem):
+        pipeline.load_best(searched, [change])
