@@ -266,6 +266,9 @@ def bench(
     search_tokens: Annotated[
         int | None, typer.Option(help="trials, search: tokens a layout is scored on.", min=8)
     ] = None,
+    parallel: Annotated[
+        str, typer.Option(help="distill under torchrun: auto, ddp or fsdp.")
+    ] = "auto",
     layouts: Annotated[
         int | None, typer.Option(help="trials: layouts scored in each case.", min=1)
     ] = None,
@@ -281,7 +284,10 @@ def bench(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results file.")] = False,
 ) -> None:
-    """Measure this machine: random weights of a model's shape, random tokens."""
+    """Measure this machine: random weights of a model's shape, random tokens.
+
+    Stage 3 on several GPUs: torchrun --nproc-per-node 4 -m mohawk_nas bench distill
+    """
     from mohawk_nas.bench.options import DEFAULT_SUITES, Options
 
     options = Options(
@@ -294,6 +300,7 @@ def bench(
         keep=keep,
         device=device,
         seed=seed,
+        parallel=parallel,  # type: ignore[arg-type]
         layouts=layouts,
         search_tokens=search_tokens,
         trials=trials,
@@ -303,12 +310,19 @@ def bench(
         work=work,
     )
     _quiet()
+    from mohawk_nas import ranks
     from mohawk_nas.bench.runner import results_path, run_benchmarks
     from mohawk_nas.reporting.benchmarks import show_end, show_suite
     from mohawk_nas.reporting.progress import ConsoleReporter
 
-    path = results_path(out, options, force=force)
-    results = run_benchmarks(options, path, reporter=ConsoleReporter(), show=show_suite)
+    with ranks.joined(tensors=True):
+        if ranks.rank():
+            if ranks.first_is_ready():
+                run_benchmarks(options, out)
+            return
+        path = results_path(out, options, force=force)
+        ranks.first_is_ready()
+        results = run_benchmarks(options, path, reporter=ConsoleReporter(), show=show_suite)
     show_end(results.path, results.failed)
     if results.failed:
         raise typer.Exit(1)
