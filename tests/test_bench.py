@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import processes
@@ -362,6 +363,40 @@ def test_two_processes_measure_one_step_together(tmp_path, mode):
         assert record["figures"]["tokens_per_second"] == pytest.approx(tokens * record["median"])
     assert processes.run(2, ["bench", "scan", "--quick", "--out", str(path)], log=log)[0] == 2
     assert "SUITE: must be distill with several processes" in log.read_text()
+
+
+def test_scaling_is_told_from_results_of_several_numbers_of_processes(tmp_path):
+    sys.path.insert(0, str(ROOT / "studies/benchmarks"))
+    try:
+        import scaling
+    finally:
+        sys.path.pop(0)
+    shapes = {"model": "m", "layers": 2, "batch": 4, "tokens": 8}
+
+    def write(processes, rates, **changed):
+        path = tmp_path / f"{processes}.json"
+        results = [
+            {
+                "suite": "distill",
+                "case": case,
+                "shapes": shapes | changed,
+                "median": 1.0,
+                "figures": {"tokens_per_second": rate},
+            }
+            for case, rate in rates.items()
+        ]
+        content = {"device": "d", "processes": processes, "results": results}
+        path.write_text(json.dumps(content), encoding="utf-8")
+        return path
+
+    one = write(1, {"one student": 100.0, "one student, layers run again": 80.0, "stock": 1e9})
+    four = write(4, {"fsdp": 360.0, "fsdp, layers run again": 240.0})
+    found = {(r["processes"], r["again"]): r["efficiency"] for r in scaling.rows([four, one])}
+    assert found == {(1, False): 1.0, (4, False): 0.9, (1, True): 1.0, (4, True): 0.75}
+    with pytest.raises(InputError, match="must be of one process"):
+        scaling.rows([four])
+    with pytest.raises(InputError, match="must be of .*'batch': 4.* but is of .*'batch': 2"):
+        scaling.rows([one, write(2, {"fsdp": 1.0}, batch=2)])
 
 
 def test_the_named_shapes_are_the_models():
