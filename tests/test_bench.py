@@ -395,7 +395,7 @@ def test_scaling_is_told_from_results_of_several_numbers_of_processes(tmp_path):
     assert found == {(1, False): 1.0, (4, False): 0.9, (1, True): 1.0, (4, True): 0.75}
     with pytest.raises(InputError, match="must be of one process"):
         scaling.rows([four])
-    with pytest.raises(InputError, match="must be of .*'batch': 4.* but is of .*'batch': 2"):
+    with pytest.raises(InputError, match=r"must be of .*'batch': 4.* but is of .*'batch': 2"):
         scaling.rows([one, write(2, {"fsdp": 1.0}, batch=2)])
 
 

@@ -57,10 +57,11 @@ def rows(paths: list[Path]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+", help="files of `bench distill`")
+    parsed = parser.parse_args()
     print(
         f"{'processes':>9}  {'case':<32} {'tokens/s':>10} {'MFU':>6} {'GiB':>6} {'efficiency':>10}"
     )
-    for row in rows(parser.parse_args().results):
+    for row in rows(parsed.results):
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
         memory = f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else "-"
         efficiency = f"{row['efficiency']:.1%}" if row["efficiency"] else "-"
