@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,7 @@ def local_rank() -> int | None:
     return None if text is None else int(text)
 
 
+_CUT_OFF = re.compile(r"gloo.*(closed by peer|reset by peer|Broken pipe)", re.DOTALL)
 _ANOTHER_STOPPED = "another process of this run has stopped; see its message"
 
 # Whether rank 0 has told the others how it goes on.
@@ -98,7 +100,7 @@ def joined(*, tensors: bool = False) -> Iterator[None]:
     except BaseException as e:
         if rank() == 0 and not _told:
             _tell(False)
-        if isinstance(e, RuntimeError) and ("gloo" in str(e) or "NCCL" in str(e)):
+        if isinstance(e, RuntimeError) and _CUT_OFF.search(str(e)):
             raise RunError(_ANOTHER_STOPPED) from e
         if not (on_gpus and _told):
             # Else others may be in the midst of an exchange that never ends; the process does.

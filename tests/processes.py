@@ -109,7 +109,7 @@ def run(count, arguments, *, before=None, log=None):
 
 
 if __name__ == "__main__":
-    deaths = [int(step) for step in os.environ["DEATHS"].split(",")]
+    deaths = [int(step) for step in os.environ["DEATHS"].split(",") if step]
     start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if start < len(deaths):
         die_in(deaths[start], rank=start % 2)

@@ -133,8 +133,7 @@ def test_torchrun_restarts_what_was_killed_and_ends_as_unbroken(fresh, whole):
 @pytest.mark.parametrize(("count", "mode"), [(1, "auto"), (2, "ddp"), (2, "fsdp")])
 def test_runs_that_are_killed_anywhere_end_as_unbroken(fresh, whole, count, mode):
     run, rng = fresh("killed"), random.Random(count)
-    # Sharded steps take long on a CPU.
-    for step in (5,) if mode == "fsdp" else (3, 4):
+    for step in (3, 4) if count == 1 else (5,):
         rank = rng.randrange(count)
         # Somewhere in a step, in the looks after it, or while a checkpoint is written.
         seconds = rng.uniform(0.001, 0.05)
@@ -271,8 +270,7 @@ def test_what_decides_speed_alone_may_change_between_two_commands(fresh, whole):
     assert "schedule" not in raw["distill"]["logits"] and "teacher" not in raw["distill"]
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
-@pytest.mark.parametrize("which", ["all", "mixers"])
+@pytest.mark.parametrize(("which", "recomputes"), [("all", True), ("mixers", False)])
 def test_beside_a_bfloat16_teacher_sums_are_float32_and_the_same(tmp_path, which, recomputes):
     config = LogitsConfig(
         batch_size=4,
@@ -286,7 +284,10 @@ def test_beside_a_bfloat16_teacher_sums_are_float32_and_the_same(tmp_path, which
     batches = torch.randint(3, 61, (6, 4, 16), generator=generator)
 
     def train(mode):
-        teacher = Teacher(tiny_model("llama", tie_word_embeddings=True).to(torch.bfloat16))
+        # Of what stands once a head one of two processes has no part.
+        heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+        model = tiny_model("llama", tie_word_embeddings=True, **heads)
+        teacher = Teacher(model.to(torch.bfloat16))
         mixer = mixer_config({"mixer": "mamba2", "chunk_size": 8})
 
         class Bank:
@@ -304,7 +305,7 @@ def test_beside_a_bfloat16_teacher_sums_are_float32_and_the_same(tmp_path, which
             trainer.step(list(shares), 1e-3)
         losses = [row[0] for row, _ in trainer.read()]
         state = {k: getattr(t, "full_tensor", lambda t=t: t)() for k, t in trainer.state().items()}
-        assert state.keys() >= {f"weight/{name}" for name in trainer.parameters[0]}
+        assert {t.item() for k, t in state.items() if k.startswith("step/")} == {3}
         trainer.release()
         if ranks.rank() == 0:
             save_tensors(tmp_path / f"{mode}.safetensors", state)

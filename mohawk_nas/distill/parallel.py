@@ -91,6 +91,7 @@ class _RanksTrainer(LogitsTrainer):
     """What both ways have in common: one student, a share of each batch, agreement on each step."""
 
     _whole: Callable[..., Any]
+    _under_way: list[torch.cuda.Event]
 
     def step(self, batches: Sequence[Tensor], rate: float) -> None:
         """Train on this rank's shares of some batches as if they were one.
@@ -165,8 +166,6 @@ class _RanksTrainer(LogitsTrainer):
             self._under_way.pop(0).synchronize()
         self._under_way.append(torch.cuda.Event())
         self._under_way[-1].record()
-
-    _under_way: list[torch.cuda.Event]
 
 
 class DataParallelTrainer(_RanksTrainer):
@@ -316,8 +315,13 @@ class ShardedTrainer(_RanksTrainer):
     def state(self) -> dict[str, Tensor]:
         parts = super().state()
         found: dict[str, Tensor] = {}
+        steps = next(parts[f"step/{n}"] for n, p in self.parameters[0].items() if p.numel())
         for key, part in parts.items():
-            sharded = self._sharded[key.partition("/")[2]]
+            name = key.partition("/")[2]
+            sharded = self._sharded[name]
+            if key.startswith("step/") and not self.parameters[0][name].numel():
+                # Counted where there is a part, and stored by any of the ranks.
+                part.copy_(steps)
             # A count of steps is no part of anything.
             found[key] = part if part.dim() == 0 else _as_part_of(sharded, part)
         return found
