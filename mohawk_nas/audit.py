@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mohawk_nas.config import StudyConfig, plain
+from mohawk_nas.config import StudyConfig, recipe_of
 from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.errors import ConfigError, RunError
 from mohawk_nas.files import RowFile, read_json, write_json
@@ -152,7 +152,7 @@ def audit(
         result = bench.result()
         folder = config.run_dir / "audit"
         recipe = dataclasses.replace(config.distill.logits, tokens=tokens)
-        _claim(folder, {"logits": plain(recipe)})
+        _claim(folder, {"logits": recipe_of(recipe)})
         rows = RowFile(folder / "distilled.jsonl")
         _distil(bench, result, rows, hours=hours, seeds=seeds, layouts=layouts, tokens=tokens)
         report = _report(result, rows.rows, tokens=tokens)

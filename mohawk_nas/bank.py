@@ -111,7 +111,8 @@ class Bank:
                 candidate,
                 e,
             )
-            record.unlink()
+            # Another rank may have seen it, too.
+            record.unlink(missing_ok=True)
             return False
         return True
 

@@ -165,13 +165,21 @@ def distill(
     overrides: Overrides = None,
     force: Force = False,
 ) -> None:
-    """Distil the chosen layout in full; run again after a stop, and it goes on."""
-    from mohawk_nas import pipeline
+    """Distil the chosen layout in full; run again after a stop, and it goes on.
+
+    SIGTERM or Ctrl-C during stage 3 saves and exits with 75. On several GPUs, or hosts that share
+    the run's folder: torchrun --nproc-per-node 4 -m mohawk_nas distill best.yaml
+    """
+    from mohawk_nas import pipeline, ranks
     from mohawk_nas.reporting import screen
 
     _quiet()
-    chosen = pipeline.load_best(best, overrides or ())
-    result, folder = pipeline.distill(chosen, reporter=screen.reporter(), force=force)
+    with ranks.joined(tensors=True):
+        if ranks.rank():
+            pipeline.help_distill(best, overrides or ())
+            return
+        chosen = pipeline.load_best(best, overrides or ())
+        result, folder = pipeline.distill(chosen, reporter=screen.reporter(), force=force)
     screen.show_distillation(result, next_command=f"mohawk-nas export {folder}")
 
 
@@ -331,6 +339,9 @@ def bench(
     search_tokens: Annotated[
         int | None, typer.Option(help="trials, search: tokens a layout is scored on.", min=8)
     ] = None,
+    parallel: Annotated[
+        str, typer.Option(help="distill under torchrun: auto, ddp or fsdp.")
+    ] = "auto",
     layouts: Annotated[
         int | None, typer.Option(help="trials: layouts scored in each case.", min=1)
     ] = None,
@@ -355,7 +366,10 @@ def bench(
     ] = 20.0,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results file.")] = False,
 ) -> None:
-    """Measure this machine: random weights of a model's shape, random tokens."""
+    """Measure this machine: random weights of a model's shape, random tokens.
+
+    Stage 3 on several GPUs: torchrun --nproc-per-node 4 -m mohawk_nas bench distill
+    """
     from mohawk_nas.bench.options import DEFAULT_SUITES, Options
 
     options = Options(
@@ -368,6 +382,7 @@ def bench(
         keep=keep,
         device=device,
         seed=seed,
+        parallel=parallel,  # type: ignore[arg-type]
         layouts=layouts,
         search_tokens=search_tokens,
         trials=trials,
@@ -380,12 +395,19 @@ def bench(
         cell_seconds=cell_seconds,
     )
     _quiet()
+    from mohawk_nas import ranks
     from mohawk_nas.bench.runner import results_path, run_benchmarks
     from mohawk_nas.reporting.benchmarks import show_end, show_suite
     from mohawk_nas.reporting.progress import ConsoleReporter
 
-    path = results_path(out, options, force=force)
-    results = run_benchmarks(options, path, reporter=ConsoleReporter(), show=show_suite)
+    with ranks.joined(tensors=True):
+        if ranks.rank():
+            if ranks.first_is_ready():
+                run_benchmarks(options, out)
+            return
+        path = results_path(out, options, force=force)
+        ranks.first_is_ready()
+        results = run_benchmarks(options, path, reporter=ConsoleReporter(), show=show_suite)
     show_end(results.path, results.failed)
     if results.failed:
         raise typer.Exit(1)
@@ -440,7 +462,11 @@ def _lengths(text: str | None) -> list[int]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 failed midway, 2 bad input, 130 stopped by the user."""
+    """Run one command and exit.
+
+    0 done, 1 failed midway, 2 bad input, 75 stopped by a signal with all work saved, 130 stopped by
+    the user.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     with_traceback = "--traceback" in arguments
     arguments = [a for a in arguments if a != "--traceback"]

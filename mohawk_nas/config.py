@@ -29,6 +29,7 @@ __all__ = [
     "DataConfig",
     "DecodeBudgetConfig",
     "DistillConfig",
+    "GuideConfig",
     "LogitsConfig",
     "MatrixConfig",
     "RungsConfig",
@@ -42,6 +43,7 @@ __all__ = [
     "load_study",
     "plain",
     "read_options",
+    "recipe_of",
     "study_from_dict",
 ]
 
@@ -271,24 +273,52 @@ class SearchConfig:
         return {**dict.fromkeys(self.pareto, 0.0), **self.objective}
 
 
+_SPEED_ONLY = {"identity": False}
+_IF_CHANGED = {"identity": "if changed"}
+"""Of fields that :func:`recipe_of` leaves out, always or where they stand at their default."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LogitsConfig(StageConfig):
     """Stage 3: end-to-end distillation of the assembled student."""
 
-    loss: Literal["kl", "soft_ce"] = "kl"
+    loss: Literal["kl", "reverse_kl", "soft_ce"] = "kl"
     """Forward KL divergence, or the paper's cross-entropy on the teacher's probabilities; the two
-    differ by the teacher's entropy and have the same gradient."""
+    differ by the teacher's entropy and have the same gradient. Reverse KL divergence takes the
+    student's probabilities as weights: it would rather miss what the teacher says than say what the
+    teacher does not."""
     temperature: float = 1.0
     hard_label_weight: float = 0.0
     """Share of the loss that is cross-entropy on the text itself, 0 to 1."""
     trainable: Literal["mixers", "all_but_mlp", "all"] = "all"
     """What is trained."""
+    schedule: Literal["wsd", "cosine"] = field(default="wsd", metadata=_IF_CHANGED)
+    """How the rate goes on after the warm-up: constant until it falls in a line (``decay``), or
+    along half a cosine from the first step to the last, whatever ``decay`` says."""
     accumulate: int = 1
     """Batches whose gradients are added before the weights move."""
     validate_steps: int = 50
     """Optimizer steps between two looks at the validation split."""
     checkpoint_steps: int = 50
     """Optimizer steps between two checkpoints."""
+    max_bad_steps: int = field(default=10, metadata=_SPEED_ONLY)
+    """Steps whose loss or gradient was not finite before the run stops; none of them moves a
+    weight."""
+    parallel: Literal["auto", "ddp", "fsdp"] = field(default="auto", metadata=_SPEED_ONLY)
+    """How several processes share the work: each holds the whole student (DDP), or a part of
+    student and teacher (FSDP2). auto takes DDP where the student with its optimizer fills at most
+    half of a GPU."""
+    activation_checkpointing: bool = field(default=False, metadata=_SPEED_ONLY)
+    """Keep of each layer its input alone and run the layer again in backward: less memory, and a
+    third more of the student's operations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuideConfig(TeacherConfig):
+    """A teacher for stage 3 alone; the fields are those of ``teacher``."""
+
+    source: str = ""
+    """As ``teacher.source``; empty for the study's own teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +334,10 @@ class DistillConfig:
     """Stage 2; its rate is warmed up again."""
     logits: LogitsConfig = field(default_factory=lambda: LogitsConfig(tokens=98304, lr=1e-4))
     """Stage 3."""
+    teacher: GuideConfig = field(default_factory=GuideConfig)
+    """Another, usually larger, model of the same vocabulary that teaches in stage 3."""
+    tensorboard: bool = False
+    """Also log to TensorBoard, in ``distill/tensorboard``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -490,6 +524,20 @@ def plain(value: Any) -> Any:
     return value
 
 
+def recipe_of(config: LogitsConfig) -> dict[str, Any]:
+    """What distilled weights depend on beyond rounding, as plain values.
+
+    A choice that came later is left out where it stands at its default, so that what was recorded
+    before it is still the same recipe.
+    """
+    found = plain(config)
+    for f in dataclasses.fields(config):
+        kept = f.metadata.get("identity", True)
+        if kept is False or (kept == "if changed" and found[f.name] == f.default):
+            del found[f.name]
+    return dict(found)
+
+
 def flatten(config: StudyConfig) -> dict[str, Any]:
     """Dotted path -> plain value of every setting."""
     return dict(_leaves(plain(config), StudyConfig))
@@ -548,10 +596,13 @@ def _locate(settings: dict[str, Any], base: Path) -> None:
         return str(path.resolve()) if path.exists() or looks_local else text
 
     teacher, data, space = (settings.get(name) for name in ("teacher", "data", "space"))
-    if isinstance(teacher, dict):
+    distill = settings.get("distill")
+    guide = distill.get("teacher") if isinstance(distill, dict) else None
+    for model in (teacher, guide):
         for key in ("source", "tokenizer", "architecture"):
-            if key in teacher:
-                teacher[key] = located(teacher[key])
+            # Nothing is located at "", which names no model.
+            if isinstance(model, dict) and model.get(key):
+                model[key] = located(model[key])
     if isinstance(data, dict) and isinstance(data.get("source"), list):
         data["source"] = [located(item) for item in data["source"]]
     # A space that comes with the package has no ending, whatever lies beside the study.
@@ -745,6 +796,16 @@ def _check(study: StudyConfig) -> list[str]:
         not study.teacher.overrides or study.teacher.random_weights,
         "teacher.overrides: changes the architecture, so it needs teacher.random_weights: true",
     )
+    guide = distill.teacher
+    need(
+        not guide.overrides or guide.random_weights,
+        "distill.teacher.overrides: changes the architecture, so it needs "
+        "distill.teacher.random_weights: true",
+    )
+    need(
+        bool(guide.source) or guide == GuideConfig(),
+        "distill.teacher.source: must be given, since distill.teacher says how it is held",
+    )
     need(ATTENTION not in study.space.candidates, f"space.candidates.{ATTENTION}: is always there")
     stages = {
         "bank.matrix": study.bank.matrix,
@@ -821,6 +882,10 @@ def _check(study: StudyConfig) -> list[str]:
         ("checkpoint_steps", logits.checkpoint_steps),
     ):
         need(count >= 1, f"distill.logits.{name}: must be at least 1, but got {count}")
+    need(
+        logits.max_bad_steps >= 0,
+        f"distill.logits.max_bad_steps: must be at least 0, but got {logits.max_bad_steps}",
+    )
     return problems
 
 

@@ -73,6 +73,13 @@ class TrainingError(MohawkError):
     """A run failed midway: non-finite losses, no memory, no disk."""
 
 
+class Stopped(MohawkError):
+    """A signal asked for an end; what was done is saved, and the same command goes on."""
+
+    # EX_TEMPFAIL of sysexits.h: to be tried again.
+    exit_code = 75
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the nearest known name, else an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1)

@@ -24,10 +24,12 @@ __all__ = [
     "RowFile",
     "atomic_folder",
     "atomic_write",
+    "flush",
     "load_metadata",
     "load_tensors",
     "read_json",
     "save_tensors",
+    "telling_full_disk",
     "write_json",
 ]
 
@@ -52,15 +54,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with _telling_full_disk(path):
+        with telling_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield beside
             # Not every file system reports a full disk before the data are flushed.
-            _flush(beside)
+            flush(beside)
             os.replace(beside, path)
             # The new name survives a power cut; some network disks cannot flush a folder.
             with contextlib.suppress(OSError):
-                _flush(path.parent)
+                flush(path.parent)
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
@@ -79,11 +81,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with _telling_full_disk(path):
+        with telling_full_disk(path):
             beside.mkdir(parents=True)
             yield beside
             for file in beside.rglob("*"):
-                _flush(file)
+                flush(file)
             if path.exists():
                 shutil.rmtree(path)
             beside.rename(path)
@@ -92,7 +94,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _telling_full_disk(path: Path) -> Iterator[None]:
+def telling_full_disk(path: Path) -> Iterator[None]:
+    """Tell in one line that a path cannot be written because the disk is full.
+
+    Raises:
+        TrainingError: So it is.
+    """
     try:
         yield
     except (OSError, SafetensorError) as e:
@@ -161,7 +168,7 @@ class RowFile:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; several processes may do so at once."""
-        with _telling_full_disk(self.path):
+        with telling_full_disk(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -222,7 +229,8 @@ def load_metadata(path: str | Path) -> dict[str, str]:
         raise DamagedFile(f"{path}: must hold safetensors, but is damaged: {e}") from e
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the system write a file or folder to its disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -19,16 +19,26 @@ from typing import Any
 import yaml
 
 from mohawk_nas.bank import Bank
-from mohawk_nas.config import BankConfig, StudyConfig, plain, study_from_dict
+from mohawk_nas.config import (
+    BankConfig,
+    DistillConfig,
+    StudyConfig,
+    plain,
+    recipe_of,
+    study_from_dict,
+)
 from mohawk_nas.data import TokenBlocks, load_blocks
 from mohawk_nas.distill.logits import LogitsResult, distill_logits
-from mohawk_nas.errors import ConfigError, LayoutError, RunError, TrainingError
+from mohawk_nas.distill.logits_trainer import student_to_train
+from mohawk_nas.distill.parallel import parallel_mode
+from mohawk_nas.errors import ConfigError, LayoutError, RunError, TeacherError, TrainingError
 from mohawk_nas.export.hf import describe_candidates, save_hybrid
-from mohawk_nas.files import DamagedFile, atomic_folder, atomic_write, write_json
+from mohawk_nas.files import DamagedFile, atomic_folder, atomic_write, load_tensors, write_json
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.plan import find_problems
-from mohawk_nas.ranks import first_is_ready, my_share, num_ranks, wait_for_all
+from mohawk_nas.ranks import first_is_ready, my_share, num_ranks, rank, told_once, wait_for_all
 from mohawk_nas.reporting import SILENT, Reporter
+from mohawk_nas.reporting.board import missing_package
 from mohawk_nas.runs import (
     DISTILL_RECORD,
     check_distill_dir,
@@ -51,11 +61,13 @@ from mohawk_nas.search.storages import locate_study
 from mohawk_nas.search.study import check_search, run_study
 from mohawk_nas.search.workers import environments, run_crew
 from mohawk_nas.student import MixerSource, assemble
+from mohawk_nas.teacher import Teacher, check_vocabularies, load_teacher
 from mohawk_nas.workbench import Workbench
 
 __all__ = [
     "BestLayout",
     "distill",
+    "help_distill",
     "help_search",
     "load_best",
     "score",
@@ -211,9 +223,14 @@ def _train_bank(bench: Workbench) -> None:
 def _train_share(bench: Workbench) -> None:
     # Sorted by candidate first, so that each rank has its part of a slow one.
     pairs = sorted(bench.space.replaceable, key=lambda pair: (pair[1], pair[0]))
-    bench.bank.train(my_share(pairs), reporter=bench.reporter)
+    _share_out(bench.bank, pairs, bench.reporter)
+
+
+def _share_out(bank: Bank, pairs: Sequence[tuple[int, str]], reporter: Reporter) -> None:
+    """Have all ranks together train what a bank lacks of some (layer, candidate) pairs."""
+    bank.train(my_share(pairs), reporter=reporter)
     if num_ranks() > 1:
-        bench.reporter.say(f"waiting for {num_ranks() - 1} other processes")
+        reporter.say(f"waiting for {num_ranks() - 1} other processes")
     # What they have trained is read from the bank's folder.
     wait_for_all()
 
@@ -294,15 +311,38 @@ def distill(
     """Distil a layout in full, into ``distill/`` beside its ``best.yaml``.
 
     A run that was interrupted goes on. The result in ``distill/model`` is a Hugging Face folder.
+    With several processes this is for the first one; the others call :func:`help_distill`.
 
     Raises:
         RunError: The folder holds another distillation, or the teacher is another one.
+        ConfigError: The batch cannot be divided over the processes, or TensorBoard is not here.
+        Stopped: A signal asked for it during stage 3, which then goes on from there.
     """
     folder = best.path.parent / "distill"
-    if num_ranks() > 1:
-        raise RunError("distill: runs in one process; start it without torchrun")
+    _check_distill(best.study.distill)
     with only_one(folder):
         return _distill(best, folder, reporter=reporter, force=force)
+
+
+def help_distill(path: str | Path, overrides: Sequence[str] = ()) -> None:
+    """What the other ranks do while rank 0 distils: their share of all three stages."""
+    if first_is_ready():
+        best = load_best(path, overrides)
+        bench = Workbench(best.study)
+        _train_all_stages(bench, best, best.path.parent / "distill", _distill_blocks(bench))
+
+
+def _check_distill(config: DistillConfig) -> None:
+    problems = []
+    if config.logits.batch_size % num_ranks():
+        problems.append(
+            "distill.logits.batch_size: blocks of a step over all processes, so it must be a "
+            f"multiple of their number ({num_ranks()}), but got {config.logits.batch_size}"
+        )
+    if config.tensorboard and (problem := missing_package()):
+        problems.append(problem)
+    if problems:
+        raise ConfigError(problems)
 
 
 def _distill(
@@ -314,7 +354,7 @@ def _distill(
             f"{best.path}: its layout keeps attention in every layer, so there is nothing to "
             "distil; lower the study's budget and search again"
         )
-    settings = {"layout": list(best.layout.candidates), "distill": plain(config)}
+    settings = {"layout": list(best.layout.candidates), "distill": _settings(config)}
     if not force:
         check_distill_dir(folder, settings)
     bench = Workbench(best.study, reporter)
@@ -332,26 +372,9 @@ def _distill(
     claim_identity(folder, {**bench.identity, "seed": best.study.seed})
     write_json(folder / DISTILL_RECORD, settings)
     train = _distill_blocks(bench)
-    bank = _layer_bank(bench, best, folder / "bank", train)
-    pairs = [(i, best.layout[i]) for i in best.layout.replaced_layers]
-    student = assemble(bench.teacher, best.layout, bank, share=False).float()
-    undistilled = None
-    if bank is not bench.bank and config.start == "bank":
-        undistilled = assemble(bench.teacher, best.layout, bench.bank)
-    try:
-        result = distill_logits(
-            bench.teacher,
-            student,
-            undistilled=undistilled,
-            train=train,
-            validation=bench.blocks["validation"],
-            config=config.logits,
-            folder=folder,
-            seed=best.study.seed,
-            reporter=reporter,
-        )
-    except DamagedFile as e:
-        raise RunError(f"{e}; use --force to set {folder} aside and start anew") from e
+    # The text is tokenised by now; the others find it in the cache.
+    first_is_ready()
+    result, student, bank = _train_all_stages(bench, best, folder, train)
     with atomic_folder(folder / "model") as beside:
         save_hybrid(
             student,
@@ -360,6 +383,7 @@ def _distill(
             candidates=best.candidates,
             tokenizer=bench.teacher.tokenizer,
         )
+    pairs = [(i, best.layout[i]) for i in best.layout.replaced_layers]
     write_json(
         folder / "result.json",
         {
@@ -369,10 +393,86 @@ def _distill(
             "best_step": result.best_step,
             "tokens": {"hidden": config.hidden.tokens, "logits": result.tokens},
             "bank": {str(i): bank.key(i, name) for i, name in pairs},
-            "provenance": provenance(),
+            "provenance": provenance() | {"processes": num_ranks()},
         },
     )
     return result, folder
+
+
+def _settings(config: DistillConfig) -> dict[str, Any]:
+    """What a distillation depends on beyond rounding."""
+    found: dict[str, Any] = plain(config) | {"logits": recipe_of(config.logits)}
+    del found["tensorboard"]
+    if config.teacher.source:
+        # Where it runs says nothing of what it is.
+        del found["teacher"]["device"]
+    else:
+        del found["teacher"]
+    return found
+
+
+def _train_all_stages(
+    bench: Workbench, best: BestLayout, folder: Path, train: TokenBlocks
+) -> tuple[LogitsResult, Any, Bank]:
+    """Stages 1 to 3 with all processes of this run; the student is whole on the first one."""
+    config = best.study.distill
+    bank = _layer_bank(bench, best, folder / "bank", train)
+    guide = _guide(bench)
+    mode = parallel_mode(config.logits, guide)
+    undistilled = None
+    if bank is not bench.bank and config.start == "bank":
+        undistilled = assemble(bench.teacher, best.layout, bench.bank)
+    if mode == "fsdp":
+        # Its parts go to the GPU one by one.
+        student = assemble(bench.teacher, best.layout, bank, share=False).cpu().float()
+    else:
+        student = student_to_train(
+            bench.teacher,
+            best.layout,
+            bank,
+            config.logits.trainable,
+            taught_in=guide.model.dtype,
+        )
+    if mode != "one":
+        how = "DDP" if mode == "ddp" else "FSDP2"
+        bench.reporter.say(f"stage 3 is shared by {num_ranks()} processes ({how})")
+    try:
+        result = distill_logits(
+            guide,
+            student,
+            undistilled=undistilled,
+            train=train,
+            validation=bench.blocks["validation"],
+            config=config.logits,
+            folder=folder,
+            seed=best.study.seed,
+            reporter=bench.reporter,
+            mode=mode,
+            tensorboard=config.tensorboard,
+        )
+    except DamagedFile as e:
+        raise told_once(RunError(f"{e}; use --force to set {folder} aside and start anew")) from e
+    if mode == "fsdp" and rank() == 0:
+        # Of the teacher only parts are here, too.
+        del undistilled, guide
+        bench.release()
+        student = assemble(bench.teacher, best.layout, bank, share=False).cpu().float()
+        student.load_state_dict(load_tensors(folder / "best.safetensors"), strict=False)
+    return result, student, bank
+
+
+def _guide(bench: Workbench) -> Teacher:
+    """The teacher of stage 3."""
+    config = bench.config.distill.teacher
+    if not config.source:
+        return bench.teacher
+    bench.reporter.say(f"stage 3 is taught by {config.source}; KL is to that model")
+    try:
+        guide = load_teacher(config, seed=bench.config.seed)
+    except TeacherError as e:
+        raise TeacherError(str(e).replace("teacher.", "distill.teacher.", 1)) from e
+    check_vocabularies(guide, bench.teacher)
+    return guide
 
 
 def _distill_blocks(bench: Workbench) -> TokenBlocks:
@@ -394,7 +494,7 @@ def _layer_bank(bench: Workbench, best: BestLayout, path: Path, train: TokenBloc
                 f"{len(missing)} of {len(pairs)} bank entries are not in {bench.bank.path}; they "
                 "are trained again"
             )
-        bench.bank.train(pairs, reporter=bench.reporter)
+        _share_out(bench.bank, pairs, bench.reporter)
         if not config.hidden.tokens:
             return bench.bank
     bank = Bank(
@@ -411,7 +511,7 @@ def _layer_bank(bench: Workbench, best: BestLayout, path: Path, train: TokenBloc
         seed=best.study.seed + 1,
         start=None if scratch else bench.bank,
     )
-    bank.train(pairs, reporter=bench.reporter)
+    _share_out(bank, pairs, bench.reporter)
     return bank
 
 

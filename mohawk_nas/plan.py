@@ -15,11 +15,13 @@ from mohawk_nas.documents import Corpus
 from mohawk_nas.errors import ConfigError, InputError, TeacherError
 from mohawk_nas.mixer import Mixer
 from mohawk_nas.registry import load_plugin
+from mohawk_nas.reporting.board import missing_package
 from mohawk_nas.search.budget import Budget, make_budget
 from mohawk_nas.search.space import SearchSpace, check_pins, load_candidates, load_space
 from mohawk_nas.search.study import SearchPlan, check_needs, check_search, plan_search
 from mohawk_nas.teacher import (
     Teacher,
+    check_vocabularies,
     check_weights,
     load_teacher,
     pick_device,
@@ -54,6 +56,7 @@ def find_problems(config: StudyConfig) -> list[str]:
         if str(e) not in problems:
             problems.append(str(e))
         return problems + check_search(config.search)
+    problems += _guide_problems(config, teacher)
     if config.data.block_size > teacher.context:
         problems.append(
             f"data.block_size: must be at most {teacher.context}, the teacher's context, "
@@ -75,6 +78,27 @@ def find_problems(config: StudyConfig) -> list[str]:
         misfits += [str(e)] if str(e) not in misfits else []
     problems += check_search(config.search, space=space[0], budget=budget)
     return problems + misfits
+
+
+def _guide_problems(config: StudyConfig, teacher: Teacher) -> list[str]:
+    """What is wrong with stage 3's own teacher and its curves, as far as it can be told."""
+    problems: list[str] = []
+    if config.distill.tensorboard and (problem := missing_package()):
+        problems.append(problem)
+    if config.distill.teacher.source:
+        try:
+            if config.distill.teacher.architecture is None:
+                check_weights(config.distill.teacher)
+            guide = load_teacher(config.distill.teacher, meta=True)
+        except TeacherError as e:
+            return [*problems, str(e).replace("teacher.", "distill.teacher.", 1)]
+        _collect(problems, lambda: check_vocabularies(guide, teacher))
+        if config.data.block_size > guide.context:
+            problems.append(
+                f"data.block_size: must be at most {guide.context}, the context of "
+                f"distill.teacher, but got {config.data.block_size}"
+            )
+    return problems
 
 
 def _known_budget(

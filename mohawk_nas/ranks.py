@@ -1,28 +1,41 @@
 """Several processes at one run, as torchrun starts them: one a GPU.
 
-Ranks share work by numbers alone and meet at two points; nothing else goes between them.
+The bank's ranks share work by numbers alone and meet at two points. In stage 3 gradients go between
+them as well, and whatever one of them notices by itself, a signal or a clock, all act on at once.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
+import re
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-from mohawk_nas.errors import RunError
+from mohawk_nas.errors import MohawkError, RunError
 
 __all__ = [
+    "StopRequest",
+    "any_rank",
     "first_is_ready",
     "joined",
     "local_rank",
     "my_share",
     "num_ranks",
+    "of_every",
+    "of_first",
     "rank",
+    "stop_request",
+    "told_once",
     "wait_for_all",
 ]
 
@@ -48,30 +61,52 @@ def local_rank() -> int | None:
     return None if text is None else int(text)
 
 
+_CUT_OFF = re.compile(r"gloo.*(closed by peer|reset by peer|Broken pipe)", re.DOTALL)
+_ANOTHER_STOPPED = "another process of this run has stopped; see its message"
+
 # Whether rank 0 has told the others how it goes on.
 _told = False
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def joined(*, tensors: bool = False) -> Iterator[None]:
     """For the length of the block, be one of the processes that torchrun started.
 
     If the block fails on rank 0 before :func:`first_is_ready`, the others are told to leave.
+
+    Args:
+        tensors: Whether tensors will travel between GPUs.
     """
     global _told
     if num_ranks() == 1:
         yield
         return
-    # No tensors travel, so the back end need not know GPUs.
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    on_gpus = tensors and torch.cuda.is_available() and dist.is_nccl_available()
+    store, number, count = next(rendezvous("env://", timeout=PATIENCE))
+    # torchrun keeps its store when it starts processes again, and in it the addresses of those that
+    # are gone.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        # Numbers travel between CPUs either way: they wait for no GPU.
+        "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+        store=PrefixStore(f"start {start}", store),
+        rank=number,
+        world_size=count,
+        timeout=PATIENCE,
+    )
     _told = False
     try:
         yield
-    except BaseException:
+    except BaseException as e:
         if rank() == 0 and not _told:
             _tell(False)
+        if isinstance(e, RuntimeError) and _CUT_OFF.search(str(e)):
+            raise RunError(_ANOTHER_STOPPED) from e
+        if not (on_gpus and _told):
+            # Else others may be in the midst of an exchange that never ends; the process does.
+            dist.destroy_process_group()
         raise
-    finally:
+    else:
         dist.destroy_process_group()
 
 
@@ -104,7 +139,75 @@ def wait_for_all() -> None:
         try:
             dist.barrier()
         except RuntimeError as e:
-            raise RunError("another process of this run has stopped; see its message") from e
+            raise RunError(_ANOTHER_STOPPED) from e
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """Whether each flag is set on any rank; all ranks get the same answer."""
+    if not dist.is_initialized():
+        return list(flags)
+    votes = torch.tensor([float(flag) for flag in flags])
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return [bool(vote) for vote in votes]
+
+
+def of_first(value: T) -> T:
+    """Rank 0's value, on every rank; a plain Python object."""
+    if not dist.is_initialized():
+        return value
+    held: list[Any] = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]  # type: ignore[no-any-return]
+
+
+def of_every(value: T) -> list[T]:
+    """Every rank's value in order, on every rank; plain Python objects."""
+    if not dist.is_initialized():
+        return [value]
+    held: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(held, value)
+    return held
+
+
+def told_once(error: MohawkError) -> BaseException:
+    """What to raise where every rank meets the same error: rank 0 tells it, the others leave."""
+    return error if rank() == 0 else SystemExit(error.exit_code)
+
+
+class StopRequest:
+    """What a signal has asked for; see :func:`stop_request`."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @property
+    def made(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """For the length of the block, SIGTERM and a first SIGINT only leave a note.
+
+    A second SIGINT interrupts as ever. Outside the main thread, where Python takes no signals,
+    there is never a note.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, before[signal.SIGINT] or signal.SIG_DFL)
+        request.signal = signal.Signals(number)
+
+    before = {name: signal.signal(name, note) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler or signal.SIG_DFL)
 
 
 def _tell(goes_on: bool) -> None:

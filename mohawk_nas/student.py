@@ -23,7 +23,9 @@ __all__ = [
     "Padding",
     "SwitchableStudent",
     "assemble",
+    "decoder_layers",
     "install_mixers",
+    "is_trained",
 ]
 
 
@@ -102,7 +104,14 @@ class MixerSlot(nn.Module):
         return state
 
 
-def assemble(teacher: Teacher, layout: Layout, bank: MixerSource, *, share: bool = True) -> Any:
+def assemble(
+    teacher: Teacher,
+    layout: Layout,
+    bank: MixerSource,
+    *,
+    share: bool = True,
+    trained: str = "all",
+) -> Any:
     """The hybrid that a layout describes: a plain causal LM of the teacher's own class.
 
     Args:
@@ -110,7 +119,9 @@ def assemble(teacher: Teacher, layout: Layout, bank: MixerSource, *, share: bool
         layout: One candidate a layer. Layers with ``attention`` keep the teacher's module.
         bank: Where the other layers' mixers come from.
         share: Share every weight with the teacher and the bank: assembling costs no memory, and
-            training the student would train them. False copies all of it.
+            training the student would train them. False copies what is ``trained``.
+        trained: What a student that does not share everything has of its own, by the names of
+            ``distill.logits.trainable``; the rest are the teacher's parameters.
 
     Returns:
         The student, in eval mode. It shares no configuration object with the teacher.
@@ -120,15 +131,31 @@ def assemble(teacher: Teacher, layout: Layout, bank: MixerSource, *, share: bool
     """
     layout.check(sorted({ATTENTION, *layout.candidates}), num_layers=teacher.num_layers)
     mixers = {i: bank.mixer(i, layout[i]) for i in layout.replaced_layers}
-    memo = _shared_tensors(teacher) if share else {}
+    memo = _shared_tensors(teacher)
+    if not share:
+        mixers = {i: copy.deepcopy(mixer) for i, mixer in mixers.items()}
+        own = dict(teacher.model.named_parameters())
+        own = {name: p for name, p in own.items() if is_trained(name, trained)}
+        for tensor in (*own.values(), *teacher.model.buffers()):
+            memo.pop(id(tensor), None)
     for i in mixers:
         # Replaced anyway.
         memo[id(teacher.slots[i].get(teacher.model))] = None
     student = copy.deepcopy(teacher.model, memo)
-    if not share:
-        mixers = {i: copy.deepcopy(mixer) for i, mixer in mixers.items()}
     install_mixers(student, mixers, teacher.slots)
     return student.eval()
+
+
+def is_trained(name: str, which: str, *, in_mixer: bool = False) -> bool:
+    """Whether stage 3 trains the parameter of this name.
+
+    Args:
+        name: In the student; in the teacher, as far as it has the same parts.
+        which: ``mixers``, ``all_but_mlp`` or ``all``.
+        in_mixer: Whether it belongs to one of the student's new mixers.
+    """
+    is_mlp = any(word in part for part in name.split(".") for word in ("mlp", "feed_forward"))
+    return which == "all" or in_mixer or (which == "all_but_mlp" and not is_mlp)
 
 
 def _shared_tensors(teacher: Teacher) -> dict[int, Any]:
@@ -173,6 +200,17 @@ class SwitchableStudent:
     def layers(self) -> list[nn.Module]:
         """The decoder layers, each holding one attention slot."""
         return [self.model.get_submodule(slot.parent) for slot in self._slots]
+
+
+def decoder_layers(student: nn.Module) -> list[nn.Module]:
+    """The layers of a student or teacher, each holding one attention slot, in order."""
+    found: dict[int, nn.Module] = {}
+    for name, module in student.named_modules():
+        layer = getattr(module, "layer_idx", None)
+        mixes = isinstance(module, MixerSlot) or "Attention" in type(module).__name__
+        if mixes and isinstance(layer, int):
+            found[layer] = student.get_submodule(name.rpartition(".")[0])
+    return [found[i] for i in sorted(found)]
 
 
 def install_mixers(model: Any, mixers: dict[int, Mixer], slots: list[Slot] | None = None) -> Any:

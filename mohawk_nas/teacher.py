@@ -31,6 +31,7 @@ from mohawk_nas.ranks import local_rank
 __all__ = [
     "Teacher",
     "cache_name",
+    "check_vocabularies",
     "check_weights",
     "find_attention",
     "gguf_path",
@@ -367,6 +368,28 @@ def teacher_dtype(config: TeacherConfig, device: torch.device) -> torch.dtype:
     auto = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype: torch.dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
     return dtype
+
+
+def check_vocabularies(guide: Teacher, teacher: Teacher) -> None:
+    """Make sure that two models say something of the same tokens.
+
+    Args:
+        guide: Teaches in stage 3.
+        teacher: The study's own.
+
+    Raises:
+        TeacherError: Their vocabularies, or numbers of logits, differ.
+    """
+    ours, theirs = (f"{t.source} ({t.vocab_size:,} logits)" for t in (teacher, guide))
+    said = f"distill.teacher: {theirs} must have the vocabulary of the teacher, {ours}, but"
+    if guide.vocab_size != teacher.vocab_size:
+        raise TeacherError(f"{said} has another size")
+    if guide.tokenizer is None or teacher.tokenizer is None:
+        return
+    one, other = (t.tokenizer.get_vocab() for t in (teacher, guide))
+    if one != other:
+        apart = sorted({*one.items()} ^ {*other.items()}, key=lambda pair: pair[::-1])[0][0]
+        raise TeacherError(f"{said} numbers tokens in another way, e.g. {apart!r}")
 
 
 def check_weights(config: TeacherConfig) -> None:

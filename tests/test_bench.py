@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import math
+import os
 import re
+import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -13,7 +16,7 @@ from mohawk_nas.bench import distill, inference, matrix, search, trials
 from mohawk_nas.bench.bank import mixer_flops, teacher_flops
 from mohawk_nas.bench.options import DEFAULT_SUITES, MODELS, SUITES, Options
 from mohawk_nas.bench.setup import FreshBank, Setup
-from mohawk_nas.bench.timing import Effort, time_calls
+from mohawk_nas.bench.timing import Effort, Timing, time_calls
 from mohawk_nas.cli import main
 from mohawk_nas.errors import InputError
 from mohawk_nas.kernels.matrix_orientation import matrix_distance
@@ -39,7 +42,12 @@ CASES = {
         for stream in ("random layouts", "neighbours of one layout", "every layout in order")
         for kept in ("prefixes kept", "nothing kept")
     },
-    "distill": {"one student", "4 students"},
+    "distill": {
+        "one student",
+        "4 students",
+        "one student, layers run again",
+        "stock forward and training step",
+    },
     "inference": {f"{who}, {what}" for who in ("teacher", "student") for what in PHASES},
     "search": {"load", "stage 1", "stage 2", "probes", "trials", "rest", "total"},
 }
@@ -95,8 +103,11 @@ def test_a_case_that_fails_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatc
     code, written = bench(tmp_path, "distill", "scan")
     assert code == 1 and written["finished"]
     errors = {r["case"]: r["error"] for r in written["results"] if r["suite"] == "distill"}
-    assert errors == dict.fromkeys(CASES["distill"], "RuntimeError: first line")
-    assert {r["case"] for r in written["results"] if r["median"]} == CASES["scan"] - {"mamba_ssm"}
+    # Stock training does without our trainer.
+    assert errors.pop("stock forward and training step") is None
+    assert set(errors.values()) == {"RuntimeError: first line"} and len(errors) == 3
+    measured = {r["case"] for r in written["results"] if r["suite"] == "scan" and r["median"]}
+    assert measured == CASES["scan"] - {"mamba_ssm"}
     assert "failed: distill, one student: RuntimeError: first line" in capsys.readouterr().out
 
 
@@ -379,6 +390,90 @@ def test_operations_of_a_step_follow_from_shapes(setup):
     assert mixer_flops(config, teacher, length, "hidden") == hidden
     products = (length + 1) * heads * (2 * head + 4 * head)
     assert mixer_flops(config, teacher, length, "matrix") == 4 * into + products
+
+
+def test_operations_of_stage_3_are_those_of_products(setup):
+    teacher, length = setup.teacher, setup.shape.block_size
+    width, heads, kv_heads, head, inner, layers, vocab = 32, 4, 2, 8, 64, 5, 128
+    projections = width * head * (2 * heads + 2 * kv_heads)
+    others = 2 * (layers * 3 * width * inner + vocab * width)
+    attention = 2 * projections + 2 * (length + 1) * heads * head
+    assert distill.forward_flops(setup, teacher) == others + layers * attention
+    mixer = setup.mixer_config.flops_per_token(setup.view, length)
+    layout = Layout.keeping((1, 2), num_layers=5, replacement=setup.candidate)
+    found = distill.forward_flops(setup, teacher, layout)
+    assert found == others + 2 * attention + 3 * mixer
+
+
+def test_a_rate_is_a_share_of_the_assumed_peak(setup, monkeypatch):
+    timing = Timing(seconds=(0.5,), calls=1, warmup_seconds=0.0)
+    figures = []
+    for name in ("cpu", "NVIDIA H100 80GB HBM3"):
+        monkeypatch.setattr(Setup, "device_name", name)
+        blank = setup.blank("distill", "one student")
+        record = distill._rated(setup, blank, timing, None, flops=989 * 10**9, count=1)
+        figures.append(record.figures)
+    # 2 blocks of 32 tokens in half a second, at 989 GFLOP a token.
+    assert "mfu" not in figures[0]
+    assert figures[1]["mfu"] == pytest.approx(0.128)
+    assert figures[1]["assumed_peak_tflops"] == 989
+    assert figures[1]["tokens_per_second"] == 128
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot use CUDA")
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_processes_measure_one_step_together(tmp_path, mode):
+    path = tmp_path / "results.json"
+    arguments = ["bench", "distill", "--quick", "--device", "cpu", "--parallel", mode]
+    log = tmp_path / "log.txt"
+    codes = processes.run(2, [*arguments, "--out", str(path)], log=log)
+    assert codes == [0, 0], log.read_text()
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert written["finished"] and written["processes"] == 2
+    assert written["command"].startswith("torchrun --nproc-per-node 2 -m mohawk_nas bench distill")
+    assert [r["case"] for r in written["results"]] == [mode, f"{mode}, layers run again"]
+    for record in written["results"]:
+        assert record["error"] is None and record["shapes"]["ranks"] == 2
+        # Both processes' tokens count.
+        tokens = 2 * record["shapes"]["batch"] * record["shapes"]["tokens"]
+        assert record["figures"]["tokens_per_second"] == pytest.approx(tokens * record["median"])
+    assert processes.run(2, ["bench", "scan", "--quick", "--out", str(path)], log=log)[0] == 2
+    assert "SUITE: must be distill with several processes" in log.read_text()
+
+
+def test_scaling_is_told_from_results_of_several_numbers_of_processes(tmp_path):
+    sys.path.insert(0, str(ROOT / "studies/benchmarks"))
+    try:
+        import scaling
+    finally:
+        sys.path.pop(0)
+    shapes = {"model": "m", "layers": 2, "batch": 4, "tokens": 8}
+
+    def write(processes, rates, **changed):
+        path = tmp_path / f"{processes}.json"
+        results = [
+            {
+                "suite": "distill",
+                "case": case,
+                "shapes": shapes | changed,
+                "median": 1.0,
+                "figures": {"tokens_per_second": rate},
+            }
+            for case, rate in rates.items()
+        ]
+        content = {"device": "d", "processes": processes, "results": results}
+        path.write_text(json.dumps(content), encoding="utf-8")
+        return path
+
+    one = write(1, {"one student": 100.0, "one student, layers run again": 80.0, "stock": 1e9})
+    four = write(4, {"fsdp": 360.0, "fsdp, layers run again": 240.0})
+    found = {(r["processes"], r["again"]): r["efficiency"] for r in scaling.rows([four, one])}
+    assert found == {(1, False): 1.0, (4, False): 0.9, (1, True): 1.0, (4, True): 0.75}
+    with pytest.raises(InputError, match="must be of one process"):
+        scaling.rows([four])
+    with pytest.raises(InputError, match=r"must be of .*'batch': 4.* but is of .*'batch': 2"):
+        scaling.rows([one, write(2, {"fsdp": 1.0}, batch=2)])
 
 
 def test_the_named_shapes_are_the_models():

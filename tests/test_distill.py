@@ -8,6 +8,7 @@ from tiny_study import make_study
 
 from mohawk_nas.config import LogitsConfig, StageConfig
 from mohawk_nas.distill.logits import LogitsTrainer, distill_logits, trainable_parameters
+from mohawk_nas.distill.logits_trainer import student_to_train
 from mohawk_nas.distill.losses import logits_loss, loss_of_hidden
 from mohawk_nas.distill.optimizer import ClippedAdamW, learning_rate
 from mohawk_nas.errors import TrainingError
@@ -80,12 +81,33 @@ def test_hard_labels_are_mixed_in():
     torch.testing.assert_close(mixed, 0.75 * soft + 0.25 * hard)
 
 
+def test_reverse_kl_weighs_by_the_student():
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    labels = torch.zeros(3, 5, dtype=torch.long)
+    for temperature in (1.0, 2.0):
+        config = LogitsConfig(loss="reverse_kl", temperature=temperature)
+        p, q = (torch.softmax(x / temperature, -1) for x in (teacher, student))
+        expected = (q * (q / p).log()).sum(-1).mean() * temperature**2
+        torch.testing.assert_close(logits_loss(teacher, student, labels, config), expected)
+        assert logits_loss(student, student, labels, config) == 0
+
+
 def test_the_rate_rises_stays_and_falls():
     config = StageConfig(lr=1.0, warmup=0.2, decay=0.3, min_lr=0.0)
     rates = [learning_rate(config, step, 10) for step in range(10)]
     assert rates[:2] == pytest.approx([1 / 3, 2 / 3])
     assert rates[2:7] == [1.0] * 5
     assert rates[7:] == pytest.approx([0.75, 0.5, 0.25])
+
+
+def test_the_rate_follows_half_a_cosine():
+    config = LogitsConfig(lr=1.0, warmup=0.2, decay=0.3, min_lr=0.1, schedule="cosine")
+    rates = [learning_rate(config, step, 12) for step in range(12)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    # Half of the way after half of the ten steps that are no warm-up.
+    assert rates[7] == pytest.approx(0.55)
+    assert rates[2:] == sorted(rates[2:], reverse=True) and 0.1 < rates[-1] < 0.13
 
 
 def test_only_matrices_decay():
@@ -226,22 +248,148 @@ def test_beside_a_bfloat16_teacher_masters_move_in_float32(bench, tmp_path):
     assert result.after.mean_kl < result.before.mean_kl
 
 
-def test_the_loss_of_a_few_blocks_at_a_time_is_that_of_all(bench, monkeypatch):
-    student = student_of(bench).requires_grad_(True)
+@pytest.mark.parametrize("loss", ["kl", "reverse_kl", "soft_ce"])
+@pytest.mark.parametrize("trained", ["all", "mixers"])
+def test_the_loss_of_some_tokens_at_a_time_is_that_of_all(bench, monkeypatch, loss, trained):
+    import mohawk_nas.distill.losses as module
+
+    student = student_of(bench)
+    for parameter in trainable_parameters(student, trained).values():
+        parameter.requires_grad_(True)
     tokens = bench.blocks["bank"].batch([0, 1, 2])
     target = bench.teacher.run(tokens)
+    config = LogitsConfig(loss=loss, hard_label_weight=0.5, temperature=2.0)
+    made, real = [], module.logits_from_hidden
+
+    def counted(*args):
+        made.append(real(*args))
+        return made[-1]
+
+    monkeypatch.setattr(module, "logits_from_hidden", counted)
     found = []
-    for values in (2**30, 1):
-        monkeypatch.setattr("mohawk_nas.metrics.HEAD_VALUES", {"cpu": values, "cuda": values})
-        config = LogitsConfig(hard_label_weight=0.5)
+    # All at once, and seven tokens, which end within a block.
+    for values in (2**30, 7 * 4096):
+        made.clear()
+        monkeypatch.setattr(module, "HEAD_VALUES", {"cpu": values, "cuda": values})
         hidden = student.base_model(tokens).last_hidden_state
         student.zero_grad()
-        loss = loss_of_hidden(bench.teacher.model, target, student, hidden, tokens, config)
-        loss.backward()
+        value = loss_of_hidden(bench.teacher.model, target, student, hidden, tokens, config)
+        (3 * value).backward()
         grads = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
-        found.append((loss.detach(), grads))
+        found.append((value.detach(), grads))
+        assert max(logits.numel() for logits in made) <= values
+        with torch.no_grad():
+            again = loss_of_hidden(bench.teacher.model, target, student, hidden, tokens, config)
+        torch.testing.assert_close(again, value.detach())
+    # Teacher's and student's, and again without gradients: none was made twice for backward.
+    assert len(made) == 4 * 7
+    assert ("model.embed_tokens.weight" in found[0][1]) == (trained == "all")
     assert len(found[0][1]) > 10
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_hard_labels_are_the_next_tokens_of_the_same_block(bench):
+    student = student_of(bench)
+    tokens = bench.blocks["bank"].batch([0, 1])
+    with torch.no_grad():
+        hidden = student.base_model(tokens).last_hidden_state
+        config = LogitsConfig(hard_label_weight=1.0)
+        target = bench.teacher.run(tokens)
+        found = loss_of_hidden(bench.teacher.model, target, student, hidden, tokens, config)
+        assert found == pytest.approx(student(tokens, labels=tokens).loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_trained_is_the_teachers_own(bench, dtype):
+    teacher = Teacher(copy.deepcopy(bench.teacher.model).to(dtype), bench.teacher.tokenizer)
+    before = {n: p.clone() for n, p in teacher.model.named_parameters()}
+    stock = dict(teacher.model.named_parameters())
+    for which in ("mixers", "all_but_mlp", "all"):
+        student = student_to_train(teacher, LAYOUT, bench.bank, which, taught_in=dtype)
+        trainer = LogitsTrainer(teacher, [student], dataclasses.replace(CONFIG, trainable=which))
+        shared = {
+            name for name, p in student.named_parameters() if name in stock and p is stock[name]
+        }
+        trained = set(trainable_parameters(student, which))
+        assert shared == set(dict(student.named_parameters())) - trained
+        assert bool(shared) == (which != "all")
+        trainer.step([bench.blocks["bank"].batch([0, 1])], 1e-2)
+        assert not trainer.read()[0][1][0]
+        trainer.release()
+        for name, parameter in teacher.model.named_parameters():
+            assert parameter.dtype == dtype and torch.equal(parameter, before[name]), name
+        # It is handed back in float32, with what moved moved.
+        for name, parameter in student.named_parameters():
+            assert parameter.dtype == torch.float32
+            if name in trained and name in before and "norm" not in name:
+                assert not torch.equal(parameter, before[name].float()), name
+        student(bench.blocks["bank"].batch([0]))
+
+
+def test_layers_that_are_run_again_give_the_same_gradients(bench):
+    def gradients(recomputes):
+        config = dataclasses.replace(CONFIG, activation_checkpointing=recomputes)
+        student = student_of(bench)
+        trainer = LogitsTrainer(bench.teacher, [student], config)
+        runs = []
+        mlp = student.model.layers[1].mlp
+        mlp.register_forward_pre_hook(lambda *args: runs.append(1))
+        trainer._add_gradients(bench.blocks["bank"].batch([0, 1]))
+        found = {name: p.grad.clone() for name, p in trainer.parameters[0].items()}
+        trainer.release()
+        assert "forward" not in vars(student.model.layers[1])
+        return found, len(runs)
+
+    plain, once = gradients(False)
+    again, twice = gradients(True)
+    assert (once, twice) == (1, 2)
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, again[name]), name
+
+
+def test_random_numbers_go_on_where_they_were(bench, tmp_path, monkeypatch):
+    import mohawk_nas.distill.logits as module
+
+    def noisy(folder):
+        student = student_of(bench)
+        student.model.layers[1].mlp.register_forward_hook(
+            lambda m, args, out: out + 0.1 * torch.randn_like(out)
+        )
+        run(bench, folder, student=student)
+        return log_of(folder)
+
+    whole = noisy(tmp_path / "whole")
+    torch.rand(3)
+    real, calls = module.LogitsTrainer.step, 0
+
+    def dying(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module.LogitsTrainer, "step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        noisy(tmp_path / "broken")
+    monkeypatch.setattr(module.LogitsTrainer, "step", real)
+    state = torch.get_rng_state()
+    assert noisy(tmp_path / "broken") == whole
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_curves_go_to_tensorboard(bench, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(bench, tmp_path, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "lr", "validation_kl"):
+        expected = [(e["step"], e[name]) for e in log_of(tmp_path) if name in e]
+        found = [(e.step, e.value) for e in events.Scalars(name)]
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [v for _, v in found] == pytest.approx([v for _, v in expected])
 
 
 def test_gradients_that_are_not_finite_never_reach_the_weights(bench, tmp_path, monkeypatch):
@@ -249,9 +397,12 @@ def test_gradients_that_are_not_finite_never_reach_the_weights(bench, tmp_path, 
 
     student = student_of(bench)
     before = {n: p.clone() for n, p in student.state_dict().items()}
-    monkeypatch.setattr(module, "logits_loss", lambda t, s, *rest: s.sum() * float("nan"))
+    monkeypatch.setattr(module, "logits_loss", lambda t, s, *rest, **more: s.sum() * float("nan"))
     long = dataclasses.replace(CONFIG, tokens=64 * 20)
-    with pytest.raises(TrainingError, match=r"finite in 1[1-3] steps; lower distill\.logits\.lr"):
+    with pytest.raises(
+        TrainingError,
+        match=r"finite in 1[1-3] steps, more than distill\.logits\.max_bad_steps \(10\); lower",
+    ):
         run(bench, tmp_path, long, student)
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, before[name]), name

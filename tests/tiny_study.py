@@ -13,14 +13,14 @@ ASSETS = Path(__file__).parents[1] / "studies" / "assets"
 WORDS = (ASSETS / "text" / "SOURCES.md").read_text(encoding="utf-8").split()
 
 
-def make_teacher(folder, *, num_layers=4, seed=0):
+def make_teacher(folder, *, num_layers=4, num_heads=4, hidden_size=32, seed=0):
     """A random Phi with the quickstart's tokenizer."""
     config = PhiConfig(
         vocab_size=4096,
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=num_layers,
-        num_attention_heads=4,
+        num_attention_heads=num_heads,
         max_position_embeddings=64,
         tie_word_embeddings=True,
         bos_token_id=0,

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mohawk_nas.errors import InputError, did_you_mean
 
@@ -18,7 +18,7 @@ SUITES: Mapping[str, str] = {
     "matrix": "stage-1 distance of one layer: fused kernel, twin, whole matrices",
     "bank": "training steps of stages 1 and 2, all layers at once",
     "trials": "scoring layouts, with and without kept prefixes",
-    "distill": "training steps of stage 3, one student and several",
+    "distill": "training steps of stage 3: one student, several, on several processes, and stock",
     "search": "a whole search by phase, resumed across commands",
     "inference": "prefill and decoding of teacher and student, over contexts and batches",
 }
@@ -140,6 +140,8 @@ class Options:
     keep: int | None = None
     device: str = "auto"
     seed: int = 0
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How processes share a step of suite ``distill``."""
     layouts: int | None = None
     """Layouts that suite ``trials`` scores in each case."""
     search_tokens: int | None = None
@@ -159,6 +161,7 @@ class Options:
         for where, name, known in (
             *(("SUITE", suite, SUITES) for suite in self.suites),
             ("--model", self.model, MODELS),
+            ("--parallel", self.parallel, ("auto", "ddp", "fsdp")),
         ):
             if name not in known:
                 raise InputError(

@@ -17,6 +17,7 @@ import torch
 
 from mohawk_nas.bench.timing import Timing
 from mohawk_nas.files import write_json
+from mohawk_nas.ranks import num_ranks, rank
 
 __all__ = ["Record", "Results", "environment"]
 
@@ -84,6 +85,8 @@ class Record:
 class Results:
     """A results file, written anew with every record: a run that is killed keeps what it has.
 
+    Of several processes the first one writes.
+
     Args:
         path: Where.
         header: What holds for all records.
@@ -115,7 +118,8 @@ class Results:
             "finished": finished,
             "results": [dataclasses.asdict(record) for record in self.records],
         }
-        write_json(self.path, content)
+        if rank() == 0:
+            write_json(self.path, content)
 
 
 def environment(device: torch.device, *, command: str) -> dict[str, Any]:
@@ -131,6 +135,7 @@ def environment(device: torch.device, *, command: str) -> dict[str, Any]:
         "cpu": _processor(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "threads": torch.get_num_threads(),
+        "processes": num_ranks(),
         "versions": {"python": sys.version.split()[0]} | _versions(),
         "spread": "lower and upper quartile over repeats",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mohawk_nas.bench.setup import Case, Setup
 from mohawk_nas.bench.timing import release
 from mohawk_nas.errors import InputError
 from mohawk_nas.files import DamagedFile, read_json
+from mohawk_nas.ranks import num_ranks
 from mohawk_nas.reporting import SILENT, Reporter
 
 __all__ = ["results_path", "run_benchmarks"]
@@ -25,9 +27,17 @@ def results_path(out: Path, options: Options, *, force: bool) -> Path:
     """The file that ``--out`` means: itself if it ends in .json, else one in that folder.
 
     Raises:
-        InputError: It is there already.
+        InputError: It is there already, or these suites are not for several processes.
     """
-    name = "_".join([options.model, *options.suites, *(["quick"] if options.quick else [])])
+    if num_ranks() > 1 and set(options.suites) != {"distill"}:
+        raise InputError(
+            "SUITE: must be distill with several processes, but got "
+            f"{', '.join(options.suites)}; start the others without torchrun"
+        )
+    words = [options.model, *options.suites, *(["quick"] if options.quick else [])]
+    if num_ranks() > 1:
+        words += [options.parallel, f"{num_ranks()}ranks"]
+    name = "_".join(words)
     path = out if out.suffix == ".json" else out / f"{name}.json"
     if path.exists() and not force and _holds_records(path):
         raise InputError(f"--out: {path} is there already; use --force to overwrite it")
@@ -65,7 +75,11 @@ def run_benchmarks(
         search.check(setup)
     if setup.device.type == "cpu" and not options.quick:
         reporter.say("no GPU: this may take long; --quick takes seconds")
-    results = Results(path, environment(setup.device, command=options.command()))
+    command = options.command()
+    if num_ranks() > 1:
+        launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', num_ranks())}"
+        command = command.replace("mohawk-nas", f"{launcher} -m mohawk_nas", 1)
+    results = Results(path, environment(setup.device, command=command))
     for suite in options.suites:
         before = len(results.records)
         with reporter.stage(f"bench {suite}", total=None, unit="case") as task:
@@ -94,6 +108,9 @@ def _records(case: Case) -> list[Record]:
         for record in case.run(case.blank):
             found.append(record)
     except Exception as e:
+        if num_ranks() > 1:
+            # The others may be in the midst of an exchange, so nothing can follow.
+            raise
         out_of_memory = isinstance(e, torch.OutOfMemoryError) or "can't allocate" in str(e)
         if out_of_memory and case.may_run_out:
             found.append(dataclasses.replace(case.blank, left_out="out of memory"))

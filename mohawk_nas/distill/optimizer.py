@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from mohawk_nas.config import StageConfig
+from mohawk_nas.config import LogitsConfig, StageConfig
 
 __all__ = ["MAX_BAD_STEPS", "ClippedAdamW", "learning_rate"]
 
 MAX_BAD_STEPS = 10
-"""Steps whose loss or gradient was not finite before a run stops."""
+"""Steps of stages 1 and 2 whose loss or gradient was not finite before a run stops."""
 
 
 def learning_rate(config: StageConfig, step: int, steps: int) -> float:
-    """Rate at one step of a warm-up, constant, linearly decaying schedule."""
+    """Rate at one step of a schedule: warm-up, then constant and linearly decaying, or a cosine."""
     warmup, decay = round(config.warmup * steps), round(config.decay * steps)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
+    if isinstance(config, LogitsConfig) and config.schedule == "cosine":
+        done = (step - warmup) / max(1, steps - warmup)
+        return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
     if step >= steps - decay:
         left = (steps - step) / (decay + 1)
         return config.min_lr + (config.lr - config.min_lr) * left
@@ -35,12 +39,19 @@ class ClippedAdamW(torch.optim.AdamW):
     Args:
         parameters: What to train; all on one device.
         config: Rates, decay and the clipping norm.
+        whole_norm: Where these are parts of larger tensors: this part's norm -> that of all parts.
     """
 
     grad_scale: Tensor
     found_inf: Tensor
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: StageConfig) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        config: StageConfig,
+        *,
+        whole_norm: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         trained = [p for p in parameters if p.requires_grad]
         device = trained[0].device
         decays = {True: config.weight_decay, False: 0.0}
@@ -59,6 +70,7 @@ class ClippedAdamW(torch.optim.AdamW):
             capturable=device.type == "cuda",
         )
         self._trained = trained
+        self._whole_norm = whole_norm
 
     def set_rate(self, rate: float) -> None:
         """Learning rate of the steps that follow."""
@@ -82,6 +94,8 @@ class ClippedAdamW(torch.optim.AdamW):
         """
         gradients = [p.grad for p in self._trained if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
+        if self._whole_norm is not None:
+            norm = self._whole_norm(norm)
         # The fused kernel divides by the one and obeys the other; a gradient scaler for float16
         # would set them in the same way.
         self.grad_scale = ((norm + 1e-6) / self._clip).clamp_min(1.0)

@@ -10,8 +10,8 @@ import torch
 
 from mohawk_nas.config import LogitsConfig
 from mohawk_nas.data import BlockOrder, TokenBlocks
-from mohawk_nas.distill.logits import LogitsTrainer
-from mohawk_nas.distill.optimizer import MAX_BAD_STEPS, learning_rate
+from mohawk_nas.distill.logits_trainer import LogitsTrainer, student_to_train
+from mohawk_nas.distill.optimizer import learning_rate
 from mohawk_nas.distill.trainer import READ_EVERY, num_steps
 from mohawk_nas.errors import InputError, TrainingError
 from mohawk_nas.layout import Layout
@@ -78,7 +78,11 @@ def distil_layouts(
             f"stage 3: tokens must be 0 or at least one step of {size:,} tokens (batch_size * "
             f"accumulate * data.block_size), but got {config.tokens:,}"
         )
-    students = [assemble(teacher, layout, bank, share=False).float() for layout in layouts]
+    dtype = teacher.model.dtype
+    students = [
+        student_to_train(teacher, layout, bank, config.trainable, taught_in=dtype)
+        for layout in layouts
+    ]
     trainer = LogitsTrainer(teacher, students, config)
     order = BlockOrder(len(train), batch_size=config.batch_size, seed=seed * 16 + 2)
     bad = [0] * len(layouts)
@@ -97,7 +101,7 @@ def distil_layouts(
                 for _, refused in entries:
                     bad = [count + again for count, again in zip(bad, refused, strict=True)]
                 task.advance(1, tokens=size, loss=sum(entries[-1][0]) / len(layouts))
-                if max(bad) > MAX_BAD_STEPS:
+                if max(bad) > config.max_bad_steps:
                     raise TrainingError(
                         f"stage 3 of {layouts[bad.index(max(bad))]}: loss or gradient was not "
                         f"finite in {max(bad)} steps; lower distill.logits.lr (now {config.lr})"

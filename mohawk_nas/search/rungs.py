@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from scipy import stats
 
-from mohawk_nas.config import LogitsConfig, plain, read_options
+from mohawk_nas.config import LogitsConfig, read_options, recipe_of
 from mohawk_nas.errors import ConfigError, did_you_mean
 from mohawk_nas.layout import Layout
 from mohawk_nas.search.scoring import Score
@@ -233,4 +233,4 @@ def rung_recipe(config: LogitsConfig) -> dict[str, Any]:
     come does not matter.
     """
     apart = ("tokens", "validate_steps", "checkpoint_steps")
-    return {name: value for name, value in plain(config).items() if name not in apart}
+    return {name: value for name, value in recipe_of(config).items() if name not in apart}

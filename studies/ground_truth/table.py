@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from mohawk_nas.audit import choose_layouts, measure_on, swaps
-from mohawk_nas.config import OBJECTIVES, StudyConfig, load_study, plain
+from mohawk_nas.config import OBJECTIVES, StudyConfig, load_study, plain, recipe_of
 from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.errors import InputError, MohawkError, RunError
 from mohawk_nas.files import RowFile
@@ -237,7 +237,7 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
 def settings(config: StudyConfig) -> dict[str, Any]:
     """What the rows depend on; the bank's seed and a distillation's tokens stand in each row."""
     study = plain(config)
-    study["distill"] = {"logits": {**study["distill"]["logits"], "tokens": None}}
+    study["distill"] = {"logits": {**recipe_of(config.distill.logits), "tokens": None}}
     keys = ("data", "space", "budget", "bank", "distill")
     kept = {key: study[key] for key in keys} | {"search tokens": study["search"]["tokens"]}
     # Where things lie says nothing to anyone else.
