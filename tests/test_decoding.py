@@ -419,9 +419,12 @@ ATTENTIONS = {
     "window of one": {"heads": 4, "kv_heads": 2, "window": 1},
     "one token": {"heads": 3, "kv_heads": 3, "last": 3},
     "full": {"heads": 4, "kv_heads": 2, "last": 99},
-    "half precision": {"heads": 4, "kv_heads": 2, "dtype": torch.bfloat16},
+    "half precision": {"heads": 4, "kv_heads": 2, "dtype": torch.float16},
     "half precision, no groups": {"heads": 4, "kv_heads": 4, "dtype": torch.bfloat16},
+    "half precision, bfloat16": {"heads": 4, "kv_heads": 2, "dtype": torch.bfloat16},
 }
+# Triton's interpreter multiplies matrices of bfloat16 by their bits.
+INTERPRETED = [case for case in ATTENTIONS if case != "half precision, bfloat16"]
 
 
 def step_errors(
@@ -520,9 +523,9 @@ def interpreted():
     assert _step._kernels(torch.zeros(1), StepSizes(heads=1, width=1, state=1, min_step=1e-6))
     # So that few places have many blocks, and there are splits with and without any.
     fused.BLOCK = 16
-    whole = {case: attention_error("triton", **sizes) for case, sizes in ATTENTIONS.items()}
+    whole = {case: attention_error("triton", **ATTENTIONS[case]) for case in INTERPRETED}
     fused.PROGRAMS = 1
-    unsplit = {case: attention_error("triton", **sizes) for case, sizes in ATTENTIONS.items()}
+    unsplit = {case: attention_error("triton", **ATTENTIONS[case]) for case in INTERPRETED}
     steps = {case: step_errors(decode_step, **sizes) for case, sizes in STEPS.items()}
     print(json.dumps({"steps": steps, "split": whole, "unsplit": unsplit}))
 
@@ -556,7 +559,7 @@ def test_plain_attention_is_softmax(case):
 
 
 @pytest.mark.parametrize("way", ["split", "unsplit"])
-@pytest.mark.parametrize("case", ATTENTIONS)
+@pytest.mark.parametrize("case", INTERPRETED)
 def test_split_attention_is_softmax(interpreted_errors, case, way):
     error = interpreted_errors[way][case]
     assert error <= (2e-2 if case.startswith("half") else 3e-6)
