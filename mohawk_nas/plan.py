@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from mohawk_nas.config import StudyConfig
+from mohawk_nas.data import find_parts
 from mohawk_nas.distill.trainer import num_steps
-from mohawk_nas.documents import Corpus
 from mohawk_nas.errors import ConfigError, InputError, TeacherError
 from mohawk_nas.mixer import Mixer
 from mohawk_nas.registry import load_plugin
@@ -43,7 +43,7 @@ def find_problems(config: StudyConfig) -> list[str]:
         device = pick_device(config.teacher.device)
     except TeacherError as e:
         problems.append(str(e))
-    _collect(problems, lambda: Corpus.find(config.data))
+    _collect(problems, lambda: find_parts(config.data))
     problems += _misplaced_folders(config)
     problems += check_needs(config)
     if config.teacher.architecture is None:
