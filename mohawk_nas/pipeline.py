@@ -20,7 +20,7 @@ import yaml
 
 from mohawk_nas.bank import Bank
 from mohawk_nas.config import BankConfig, StudyConfig, plain, study_from_dict
-from mohawk_nas.data import TokenBlocks, load_blocks
+from mohawk_nas.data import TrainingText
 from mohawk_nas.distill.logits import LogitsResult, distill_logits
 from mohawk_nas.errors import ConfigError, LayoutError, RunError, TrainingError
 from mohawk_nas.export.hf import describe_candidates, save_hybrid
@@ -50,6 +50,7 @@ from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.storages import locate_study
 from mohawk_nas.search.study import check_search, run_study
 from mohawk_nas.search.workers import environments, run_crew
+from mohawk_nas.stream import TextStream
 from mohawk_nas.student import MixerSource, assemble
 from mohawk_nas.workbench import Workbench
 
@@ -329,9 +330,13 @@ def _distill(
         raise LayoutError(f"{best.path}: {e}") from e
     if force and folder.exists():
         set_aside(folder)
-    claim_identity(folder, {**bench.identity, "seed": best.study.seed})
+    train = _distill_text(bench)
+    identity = {**bench.identity, "seed": best.study.seed}
+    if best.study.data.streaming:
+        # What is cached follows from text of the bank split.
+        identity["streamed text"] = train.fingerprint
+    claim_identity(folder, identity)
     write_json(folder / DISTILL_RECORD, settings)
-    train = _distill_blocks(bench)
     bank = _layer_bank(bench, best, folder / "bank", train)
     pairs = [(i, best.layout[i]) for i in best.layout.replaced_layers]
     student = assemble(bench.teacher, best.layout, bank, share=False).float()
@@ -375,14 +380,17 @@ def _distill(
     return result, folder
 
 
-def _distill_blocks(bench: Workbench) -> TokenBlocks:
-    """The bank split once more, as much of it as the distillation reads."""
+def _distill_text(bench: Workbench) -> TrainingText:
+    """The bank split once more: as much of it as the distillation reads, or all as a stream."""
     config, data = bench.config.distill, bench.config.data
-    tokens = max(config.matrix.tokens, config.hidden.tokens, config.logits.tokens, data.block_size)
-    return load_blocks(data, bench.teacher.tokenizer, needed={"bank": tokens})["bank"]
+    if data.streaming:
+        return TextStream(data, bench.teacher.tokenizer)
+    return bench.training_text(
+        max(config.matrix.tokens, config.hidden.tokens, config.logits.tokens)
+    )
 
 
-def _layer_bank(bench: Workbench, best: BestLayout, path: Path, train: TokenBlocks) -> Bank:
+def _layer_bank(bench: Workbench, best: BestLayout, path: Path, train: TrainingText) -> Bank:
     """The bank that the student is assembled from, trained for its layers alone."""
     config = best.study.distill
     scratch = config.start == "scratch"

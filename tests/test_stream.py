@@ -1,14 +1,11 @@
 """Text as a stream: the same blocks as packing everything, exactly resumed, shared out to ranks."""
 
-import dataclasses
 import gzip
 import itertools
 import json
-import logging
 import lzma
 import multiprocessing
 import os
-import signal
 import threading
 from pathlib import Path
 
@@ -21,7 +18,7 @@ from sample_text import DOCUMENTS, lines_of, make_documents, write_jsonl
 from test_data import packed
 from transformers import AutoTokenizer
 
-from mohawk_nas import data, stream
+from mohawk_nas import stream
 from mohawk_nas.config import DataConfig, SourceConfig
 from mohawk_nas.data import Mixing, load_blocks, split_of
 from mohawk_nas.errors import ConfigError, DataError
@@ -93,7 +90,7 @@ def test_unshuffled_it_is_the_text_pass_after_pass(shards, tokenizer, caplog):
 
 
 def test_windows_are_shuffled_by_the_seed(shards, tokenizer):
-    folder, documents = shards
+    folder, _ = shards
 
     def read(seed, size):
         batches = TextStream(config_for(folder, shuffle_blocks=size), tokenizer).batches(

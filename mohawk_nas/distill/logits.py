@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mohawk_nas.config import LogitsConfig
-from mohawk_nas.data import BlockOrder, TokenBlocks
+from mohawk_nas.data import TokenBlocks, TrainingBatches, TrainingText
 from mohawk_nas.distill.graph import RecordedStep
 from mohawk_nas.distill.losses import loss_of_hidden
 from mohawk_nas.distill.optimizer import MAX_BAD_STEPS, ClippedAdamW, learning_rate
@@ -223,7 +223,7 @@ def distill_logits(
     student: Any,
     *,
     undistilled: Any = None,
-    train: TokenBlocks,
+    train: TrainingText,
     validation: TokenBlocks,
     config: LogitsConfig,
     folder: Path,
@@ -253,9 +253,9 @@ def distill_logits(
         DamagedFile: What an interrupted run left cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    block_size = train.tokens.shape[1]
+    block_size = train.block_size
     steps = num_steps(config, block_size) // config.accumulate
-    order = BlockOrder(len(train), batch_size=config.batch_size, seed=seed * 16 + 2)
+    text = train.batches(batch_size=config.batch_size, seed=seed * 16 + 2)
     trainer = LogitsTrainer(teacher, [student], config)
     (parameters,), (optimizer,) = trainer.parameters, trainer.optimizers
 
@@ -277,7 +277,7 @@ def distill_logits(
                 raise DamagedFile(f"{best}: must hold the best weights so far, but is not there")
             # Told now, rather than when training has ended.
             load_tensors(best)
-            progress = _restore(checkpoint, trainer)
+            progress = _restore(checkpoint, trainer, text)
             reporter.say(f"continuing after step {progress.step} of {steps}")
         else:
             save_tensors(best, {name: p.detach() for name, p in parameters.items()})
@@ -293,9 +293,7 @@ def distill_logits(
             looked, rates = time.perf_counter(), []
             while progress.step < steps:
                 rates.append(learning_rate(config, progress.step, steps))
-                first = progress.step * config.accumulate
-                batches = [train.batch(order.indices(first + i)) for i in range(config.accumulate)]
-                trainer.step(batches, rates[-1])
+                trainer.step([text.next() for _ in range(config.accumulate)], rates[-1])
                 progress.step += 1
                 last = progress.step == steps
                 validates = last or progress.step % config.validate_steps == 0
@@ -315,7 +313,7 @@ def distill_logits(
                 log.write("".join(json.dumps(entry) + "\n" for entry in entries))
                 log.flush()
                 if saves:
-                    _save(checkpoint, parameters, optimizer, progress)
+                    _save(checkpoint, parameters, optimizer, progress, text)
 
         trainer.load(0, load_tensors(best))
         after = evaluate(student)
@@ -323,6 +321,7 @@ def distill_logits(
             before=before, after=after, best_step=progress.best_step, tokens=progress.step * size
         )
     finally:
+        text.close()
         trainer.release()
 
 
@@ -357,19 +356,23 @@ def _save(
     parameters: dict[str, nn.Parameter],
     optimizer: ClippedAdamW,
     progress: _Progress,
+    text: TrainingBatches,
 ) -> None:
     tensors: dict[str, Tensor] = {f"weight/{name}": p.detach() for name, p in parameters.items()}
     for name, parameter in parameters.items():
         for slot, value in optimizer.state[parameter].items():
             tensors[f"{slot}/{name}"] = value
-    save_tensors(path, tensors, metadata={"progress": json.dumps(vars(progress))})
+    facts = {"progress": json.dumps(vars(progress)), "text": json.dumps(text.state_dict())}
+    save_tensors(path, tensors, metadata=facts)
 
 
-def _restore(path: Path, trainer: LogitsTrainer) -> _Progress:
+def _restore(path: Path, trainer: LogitsTrainer, text: TrainingBatches) -> _Progress:
     tensors, metadata = load_tensors(path), load_metadata(path)
     (parameters,), (optimizer,) = trainer.parameters, trainer.optimizers
     trainer.load(0, {name: tensors.pop(f"weight/{name}") for name in parameters})
     for key, value in tensors.items():
         slot, _, name = key.partition("/")
         optimizer.state[parameters[name]][slot] = value.to(parameters[name].device)
-    return _Progress(**json.loads(metadata["progress"]))
+    progress = _Progress(**json.loads(metadata["progress"]))
+    text.load_state_dict(json.loads(metadata["text"]))
+    return progress
