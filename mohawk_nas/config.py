@@ -146,6 +146,11 @@ class DataConfig:
     the training process do it. The text does not depend on it."""
 
     @property
+    def names(self) -> list[str]:
+        """Every file, glob or data set, whichever part names it."""
+        return [name for _, part in self.parts for name in part.source]
+
+    @property
     def parts(self) -> list[tuple[float, DataConfig]]:
         """Weight and settings of each text, as if it were the only one."""
         if not self.mixture:

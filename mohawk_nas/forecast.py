@@ -101,7 +101,9 @@ def make_forecast(
             i: space.candidates[layout[i]].build(teacher.views[i]) for i in layout.replaced_layers
         }
     teacher_params = _count(teacher.model.parameters())
-    kept_by_mixer = [_saved_by_mixer(mixer, length, teacher, dtype) for mixer in mixers.values()]
+    # Layers of one model differ in nothing that matters here.
+    kinds = {layout[i]: mixer for i, mixer in mixers.items()}
+    kept_by_mixer = [_saved_by_mixer(mixer, length, teacher, dtype) for mixer in kinds.values()]
     mixer_params = sum(_count(mixer.parameters()) for mixer in mixers.values())
     stock_params = teacher_params - sum(
         _count(teacher.views[i].module.parameters()) for i in mixers

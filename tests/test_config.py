@@ -520,6 +520,7 @@ def test_what_is_dumped_reads_back_as_the_same():
         "teacher",
         "data",
         "space",
+        "layout",
         "budget",
         "bank",
         "search",

@@ -6,6 +6,7 @@ import json
 import lzma
 import multiprocessing
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -16,10 +17,11 @@ import torch
 import zstandard
 from sample_text import DOCUMENTS, lines_of, make_documents, write_jsonl
 from test_data import packed
+from tiny_study import make_study
 from transformers import AutoTokenizer
 
-from mohawk_nas import stream
-from mohawk_nas.config import DataConfig, SourceConfig
+from mohawk_nas import pipeline, stream
+from mohawk_nas.config import DataConfig, SourceConfig, dump
 from mohawk_nas.data import Mixing, load_blocks, split_of
 from mohawk_nas.errors import ConfigError, DataError
 from mohawk_nas.stream import TextStream
@@ -56,7 +58,7 @@ def shards(tmp_path):
 
 def config_for(folder, source="[0-9].*", **changes):
     settings = {
-        "source": [str(folder / source)],
+        "source": source if isinstance(source, list) else [str(folder / source)],
         "block_size": BLOCK,
         "cache": str(folder / "cache"),
         "streaming": True,
@@ -306,3 +308,110 @@ def test_closing_leaves_no_process_and_no_thread(shards, tokenizer):
     assert set(multiprocessing.active_children()) > before[0]
     batches.close()
     assert (set(multiprocessing.active_children()), threading.active_count()) == before
+
+
+def test_records_of_one_document_stay_together_across_chunks(tmp_path, tokenizer):
+    records = [{"text": f"part {i} of {i // 40}. " * 4, "doc": i // 40} for i in range(400)]
+    source = tmp_path / "0.jsonl"
+    source.write_bytes(lines_of(records))
+    config = config_for(tmp_path, document_field="doc", shuffle_blocks=1)
+    expected = []
+    for name in range(10):
+        if split_of(str(name)) == "bank":
+            expected.append(tokenizer.eos_token_id)
+            for record in records[40 * name : 40 * name + 40]:
+                expected += tokenizer.encode(record["text"])
+    batches = TextStream(config, tokenizer).batches(batch_size=1, seed=0)
+    found = []
+    for number in range(len(expected) // BLOCK):
+        # Taken up again now and then.
+        if number % 7 == 3:
+            batches.load_state_dict(json.loads(json.dumps(batches.state_dict())))
+        found += batches.next().flatten().tolist()
+    assert found == expected[: len(found)]
+
+
+def test_a_hub_data_set_is_resumed(shards, tokenizer, monkeypatch):
+    folder, _ = shards
+    files = []
+    for seed in range(3):
+        table = pa.Table.from_pylist([{"text": t, "id": 1} for t in make_documents(50, seed=seed)])
+        files.append(str(folder / f"hub-{seed}.parquet"))
+        pq.write_table(table, files[-1], row_group_size=20)
+    import datasets
+
+    real, calls = datasets.load_dataset, []
+
+    def from_hub(name, subset, *, split, streaming):
+        # What the library gives for a data set of Parquet files, wherever they are.
+        calls.append((name, subset))
+        return real("parquet", data_files=files, split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    config = config_for(folder, source=["org/name"], subset="small")
+    text = TextStream(config, tokenizer)
+    whole = text.batches(batch_size=8, seed=0)
+    states, expected = [], []
+    for _ in range(60):
+        states.append(json.loads(json.dumps(whole.state_dict())))
+        expected.append(whole.next())
+    assert states[-1]["parts"][0]["passes"] >= 1 and set(calls) == {("org/name", "small")}
+    assert any("rows" in (state["parts"][0]["reading"] or {}) for state in states)
+    for step in range(0, 60, 7):
+        whole.load_state_dict(states[step])
+        assert torch.equal(whole.next(), expected[step]), step
+    blocks = load_blocks(config, tokenizer, needed={"bank": 320, "test": 64})
+    assert len(blocks["bank"]) == 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot use CUDA")
+def test_a_distillation_that_is_killed_ends_as_an_unbroken_one(tmp_path):
+    """Stages 2 and 3 on a mixture that is streamed, with a worker."""
+
+    def study(name):
+        return make_study(
+            tmp_path,
+            f"output={tmp_path / name}",
+            f"data.mixture=[{{source: {tmp_path}/text.jsonl, weight: 3}}, "
+            f"{{source: {tmp_path}/more.jsonl, weight: 1}}]",
+            "data.source=[]",
+            "data.streaming=true",
+            "data.shuffle_blocks=16",
+            "data.workers=1",
+            "search.tokens=64",
+            "layout=[0, 2]",
+            "distill.start=scratch",
+            "distill.hidden={tokens: 512, batch_size: 4}",
+        )
+
+    def run(name, at=None):
+        # A batch each step of either stage, 8 and 10 of them.
+        taken, real = itertools.count(1), stream._StreamBatches.next
+
+        def next_or_die(self):
+            if next(taken) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self)
+
+        stream._StreamBatches.next = next_or_die
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(dump(study(name)), encoding="utf-8")
+        best = pipeline.choose_layout(path)
+        pipeline.write_given(best)
+        pipeline.distill(best)
+
+    write_jsonl(tmp_path / "more.jsonl", DOCUMENTS)
+    context = multiprocessing.get_context("fork")
+    ends = []
+    kills = [("broken", at) for at in (6, 7, 5)]
+    for name, at in [("whole", None), *kills, ("broken", None)]:
+        child = context.Process(target=run, args=(name, at))
+        child.start()
+        child.join()
+        ends.append(child.exitcode)
+    assert ends == [0, *[-signal.SIGKILL] * 3, 0]
+    whole, broken = (tmp_path / name / "tiny/distill" for name in ("whole", "broken"))
+    for file in ("model/model.safetensors", "log.jsonl"):
+        assert (broken / file).read_bytes() == (whole / file).read_bytes(), file
+    assert len((whole / "log.jsonl").read_text().splitlines()) == 10

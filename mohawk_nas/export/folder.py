@@ -67,7 +67,7 @@ def export_folder(
         "distillation": result,
         "study": plain(best.study),
     }
-    page = _model_card(layout, config, best.study.teacher.source, best.study.data.source, result)
+    page = _model_card(layout, config, best.study.teacher.source, best.study.data.names, result)
     with atomic_folder(out) as beside:
         save_hybrid(
             model,

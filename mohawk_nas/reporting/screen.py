@@ -170,7 +170,7 @@ def show_forecast(config: StudyConfig, forecast: Forecast) -> None:
         f"Least time on {forecast.gpus} GPU{'s' if forecast.gpus > 1 else ''}, assuming "
         f"{forecast.utilisation:.0%} of {forecast.peak / 1e12:,g} TFLOP/s"
     )
-    times.add_column("stage" + " " * 40, no_wrap=True)
+    times.add_column("stage", no_wrap=True, min_width=44)
     times.add_column("operations", justify="right")
     times.add_column("time", justify="right")
     for name, stage in forecast.stages.items():
