@@ -153,7 +153,7 @@ class Reading(Iterator[Document]):
         for kind, group in itertools.groupby(numbered, key=lambda entry: entry[1].kind):
             entries = [(number, file.path) for number, file in group]
             if kind == "text":
-                yield from self._text_documents(entries)
+                yield from self._whole_files(entries)
                 continue
             for number, path in entries:
                 done = self._record if number == first else 0
@@ -172,7 +172,7 @@ class Reading(Iterator[Document]):
             self._file, self._record = file, number
             yield number, record
 
-    def _text_documents(self, entries: Sequence[tuple[int, Path]]) -> Iterator[Document]:
+    def _whole_files(self, entries: Sequence[tuple[int, Path]]) -> Iterator[Document]:
         if entries[0][0] == self._file and self._record:
             entries = entries[1:]
         for (number, _), document in zip(

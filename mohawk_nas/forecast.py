@@ -201,9 +201,14 @@ def _disk(config: StudyConfig, mixers: int, stock: int, trained: int) -> dict[st
     held_out = config.search.tokens + data.validation_tokens + data.test_tokens
     bank = max(config.bank.matrix.tokens, config.bank.hidden.tokens)
     text = max(distill.matrix.tokens, distill.hidden.tokens, distill.logits.tokens)
-    entries = {"mixers of stages 1 and 2, unfinished": 12 * mixers} if distill.hidden.tokens else {}
+    scratch = distill.start == "scratch" and distill.matrix.tokens
     return {
-        **entries,
+        # In float32, with two moments.
+        **(
+            {"mixers of stages 1 and 2, unfinished": 12 * mixers}
+            if distill.hidden.tokens or scratch
+            else {}
+        ),
         # In float32; written beside the last one, which then goes.
         "checkpoint of stage 3: weights and two moments, twice while it is written": 24 * trained,
         "best weights of stage 3": 4 * trained,

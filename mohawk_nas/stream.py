@@ -20,9 +20,11 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -359,6 +361,7 @@ class _StreamBatches:
             num_workers=workers,
             prefetch_factor=_CHUNKS_AHEAD if workers else None,
             collate_fn=_as_it_is,
+            worker_init_fn=partial(_end_with, os.getpid()),
         )
         with _without_threads_of_tokenizers():
             self._loaded = iter(loader)
@@ -465,6 +468,20 @@ def _ahead(items: Generator[T], depth: int) -> Generator[T]:
 
 def _as_it_is(item: T) -> T:
     return item
+
+
+def _end_with(parent: int, worker: int) -> None:
+    """Let a worker end when the process that trains does, however that ends.
+
+    The library's own watch waits for what the worker has sent to be read, which nobody will.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watches its parent", daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -362,6 +363,40 @@ def test_a_hub_data_set_is_resumed(shards, tokenizer, monkeypatch):
         assert torch.equal(whole.next(), expected[step]), step
     blocks = load_blocks(config, tokenizer, needed={"bank": 320, "test": 64})
     assert len(blocks["bank"]) == 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_workers_end_with_a_process_that_is_killed(tmp_path, tokenizer, monkeypatch):
+    # More than a pipe holds, so that the worker is stuck with what nobody reads.
+    monkeypatch.setattr(stream, "_CHUNK_CHARS", 300_000)
+    write_jsonl(tmp_path / "0.jsonl", make_documents(8000))
+    text = TextStream(config_for(tmp_path, workers=1), tokenizer)
+
+    def killed():
+        text.batches(batch_size=2, seed=0).next()
+        (worker,) = multiprocessing.active_children()
+        (tmp_path / "worker").write_text(str(worker.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = multiprocessing.get_context("fork").Process(target=killed)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    worker = int((tmp_path / "worker").read_text())
+    until = time.monotonic() + 20
+    while is_running(worker):
+        assert time.monotonic() < until, "the worker outlives its parent"
+        time.sleep(0.1)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # Where nobody collects orphans, a dead one is still in the list.
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
