@@ -488,6 +488,9 @@ def study_from_dict(
     told = [f"{name}: must be given{_OTHERWISE.get(name, '')}" for name in missing]
     for found in (told, _check(study)):
         broken = [problem.split(":")[0] for problem in problems]
+        if any(name.startswith("data.mixture[") for name in broken):
+            # There is a text, if it can be read.
+            broken.append("data.source")
         problems += [p for p in found if not any(_overlap(p.split(":")[0], b) for b in broken)]
     if problems:
         raise ConfigError(problems, source=source)

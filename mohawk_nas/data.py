@@ -678,12 +678,13 @@ def _take_turns(parts: Sequence[Part], packed: Sequence[Tensor], order: list[int
     Where the text of the bank is too short, the part that lasts longest is gone through once, and
     the others again and again as their weights demand.
     """
-    if len(parts) == 1:
+    if len(parts) == 1 or not order:
         return packed[0]
     counts = [order.count(number) for number in range(len(parts))]
     lasts = max(
         1.0 if len(blocks) >= count else len(blocks) / count
         for blocks, count in zip(packed, counts, strict=True)
+        if count
     )
     if lasts < 1:
         order = order[: int(len(order) * lasts)]
