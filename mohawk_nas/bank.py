@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mohawk_nas.config import BankConfig
-from mohawk_nas.data import TokenBlocks
+from mohawk_nas.data import TrainingText
 from mohawk_nas.distill.optimizer import ClippedAdamW
 from mohawk_nas.distill.trainer import LayerJob, Stage, num_steps, train_layers
 from mohawk_nas.errors import BankError
@@ -68,7 +68,7 @@ class Bank:
         teacher: Teacher,
         candidates: Mapping[str, MixerConfig],
         recipe: BankConfig,
-        blocks: TokenBlocks,
+        blocks: TrainingText,
         seed: int,
         start: Bank | None = None,
     ) -> None:
@@ -209,7 +209,7 @@ class Bank:
             "mixer": _source_of(config),
             "config": identity_of(config),
             "stages": [[stage.name, dataclasses.asdict(stage.config)] for stage in self.stages],
-            "block_size": self.blocks.tokens.shape[1],
+            "block_size": self.blocks.block_size,
             "dtype": str(self.teacher.model.dtype),
             "data": self.blocks.fingerprint,
             "seed": self.seed,
@@ -253,6 +253,7 @@ class Bank:
             "losses": job.losses,
             "loss_sum": job.loss_sum,
             "loss_count": job.loss_count,
+            "text": job.text,
         }
         path = self._partial(self.key(job.layer, job.candidate))
         save_tensors(path, tensors, metadata={"job": json.dumps(facts)})
@@ -269,10 +270,14 @@ class Bank:
         for name in ("step", "bad_steps", "seconds", "loss_sum", "loss_count"):
             setattr(job, name, facts[name])
         job.losses = [tuple(entry) for entry in facts["losses"]]
-        stage, inside = _position(self.stages, job.step, self.blocks.tokens.shape[1])
+        stage, inside = _position(self.stages, job.step, self.blocks.block_size)
         if inside == 0:
             # Between two stages: the next one starts with a new optimizer.
             return
+        # Earlier versions kept no position of text that is all there: it follows from the step.
+        position = inside * stage.config.batch_size
+        text = {"text": self.blocks.fingerprint, "position": position}
+        job.text = facts.get("text") or text
         parameters = dict(job.mixer.named_parameters())
         job.optimizer = ClippedAdamW(parameters.values(), stage.config)
         for name, parameter in parameters.items():

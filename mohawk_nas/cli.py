@@ -161,8 +161,23 @@ def audit(
 
 @app.command()
 def distill(
-    best: Annotated[Path, typer.Argument(help="best.yaml, or the run's folder.", metavar="BEST")],
+    best: Annotated[
+        Path,
+        typer.Argument(
+            help="best.yaml, the run's folder, or a study that gives its layout.", metavar="BEST"
+        ),
+    ],
     overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print memory, time and disk that it would take, and stop.")
+    ] = False,
+    gpus: Annotated[int, typer.Option(help="Dry run: GPUs that share the work.", min=1)] = 1,
+    tflops: Annotated[
+        float, typer.Option(help="Dry run: peak TFLOP/s of one GPU; an H100's in bf16.", min=0.001)
+    ] = 989.0,
+    utilisation: Annotated[
+        float, typer.Option(help="Dry run: share of the peak that is reached.", min=0.001, max=1)
+    ] = 0.4,
     force: Force = False,
 ) -> None:
     """Distil the chosen layout in full; run again after a stop, and it goes on.
@@ -174,11 +189,22 @@ def distill(
     from mohawk_nas.reporting import screen
 
     _quiet()
+    if dry_run:
+        from mohawk_nas.forecast import make_forecast
+
+        if ranks.rank() == 0:
+            chosen = pipeline.choose_layout(best, overrides or ())
+            forecast = make_forecast(
+                chosen.study, chosen.layout, gpus=gpus, peak=tflops * 1e12, utilisation=utilisation
+            )
+            screen.show_forecast(chosen.study, forecast)
+        return
     with ranks.joined(tensors=True):
         if ranks.rank():
             pipeline.help_distill(best, overrides or ())
             return
-        chosen = pipeline.load_best(best, overrides or ())
+        chosen = pipeline.choose_layout(best, overrides or ())
+        pipeline.write_given(chosen, force=force)
         result, folder = pipeline.distill(chosen, reporter=screen.reporter(), force=force)
     screen.show_distillation(result, next_command=f"mohawk-nas export {folder}")
 

@@ -20,7 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mohawk_nas.errors import ConfigError, did_you_mean
-from mohawk_nas.layout import ATTENTION
+from mohawk_nas.layout import ATTENTION, num_attention
 
 __all__ = [
     "BankConfig",
@@ -34,6 +34,7 @@ __all__ = [
     "MatrixConfig",
     "RungsConfig",
     "SearchConfig",
+    "SourceConfig",
     "SpaceConfig",
     "StageConfig",
     "StudyConfig",
@@ -54,7 +55,10 @@ COSTS = ("attention_layers", "cache")
 FIGURES = (*OBJECTIVES, *COSTS)
 """What a layout can be scored by; costs follow from the layout alone."""
 
-_OTHERWISE = {"budget.attention_layers": ", or budget.cache, or budget.decode"}
+_OTHERWISE = {
+    "budget.attention_layers": ", or budget.cache, or budget.decode",
+    "data.source": ", or data.mixture",
+}
 """What may be given instead of a setting."""
 
 
@@ -85,15 +89,36 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One part of a mixture of texts."""
+
+    source: list[str] = field(default_factory=list)
+    """As in :class:`DataConfig`."""
+    weight: float = 1.0
+    """Share of the blocks that come from here, beside the other parts' weights."""
+    subset: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    text_field: str = "text"
+    """Field of a record that holds its text."""
+    document_field: str | None = None
+    """As in :class:`DataConfig`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Text, and how it is cut into blocks of tokens.
 
     Documents are divided over the splits by a hash of their name, so no document is in two.
     """
 
-    source: list[str] = MISSING
+    source: list[str] = field(default_factory=list)
     """Files or globs (text, jsonl, parquet; .xz, .gz and .zst are unpacked), or one hub data set.
-    Relative paths start at the study's file."""
+    Relative paths start at the study's file. Either this or ``mixture`` must be given."""
+    mixture: list[SourceConfig] = field(default_factory=list)
+    """Several texts, each with a ``source``, a ``weight`` and fields of its own. Every split is
+    mixed by the weights, block by block."""
     subset: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
@@ -113,6 +138,40 @@ class DataConfig:
     """Read by ``evaluate`` only."""
     cache: str = "runs/cache"
     """Folder of tokenised text; relative to the working folder."""
+    streaming: bool = False
+    """Full distillation reads its text as it goes and keeps none of it: for text that fits neither
+    memory nor disk. Everything else is still read once and cached."""
+    shuffle_blocks: int = 1024
+    """Blocks of a stream that are shuffled among each other; 1 keeps their order."""
+    workers: int | None = None
+    """Processes that tokenise a stream ahead of training; null takes what the CPUs allow, 0 lets
+    the training process do it. The text does not depend on it."""
+
+    @property
+    def names(self) -> list[str]:
+        """Every file, glob or data set, whichever part names it."""
+        return [name for _, part in self.parts for name in part.source]
+
+    @property
+    def parts(self) -> list[tuple[float, DataConfig]]:
+        """Weight and settings of each text, as if it were the only one."""
+        if not self.mixture:
+            return [(1.0, self)]
+        return [
+            (
+                part.weight,
+                dataclasses.replace(
+                    self,
+                    mixture=[],
+                    source=part.source,
+                    subset=part.subset,
+                    split=part.split,
+                    text_field=part.text_field,
+                    document_field=part.document_field,
+                ),
+            )
+            for part in self.mixture
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,6 +412,10 @@ class StudyConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     space: SpaceConfig = field(default_factory=SpaceConfig)
+    layout: str | None = None
+    """A layout of one's own, which ``distill`` takes without a search: attention layers such as
+    ``[4, 10, 16, 22]`` (``[]`` keeps none), or a strip such as ``M A M M``. The budget then follows
+    from it."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -432,7 +495,11 @@ def study_from_dict(
             problems.append(problem)
             continue
         try:
+            if dotted == "data.mixture" and isinstance(value, list):
+                value = _parts(value)
             OmegaConf.update(config, dotted, value, merge=False)
+        except ConfigError as e:
+            problems += e.problems
         except (OmegaConfBaseException, ValueError) as e:
             inner = getattr(e, "full_key", None) or dotted
             where = inner if inner.startswith(dotted) else f"{dotted}.{inner}"
@@ -440,9 +507,14 @@ def study_from_dict(
     missing = sorted(OmegaConf.missing_keys(config))
     for name in missing:
         # A stand-in of the right type, so that the checks below can still run.
-        OmegaConf.update(config, name, {"data.source": ["-"]}.get(name, "-"))
+        OmegaConf.update(config, name, "-")
     study = OmegaConf.to_object(config)
     assert isinstance(study, StudyConfig)
+    if not (study.data.source or study.data.mixture) and not _says(settings, "data", "source"):
+        missing = sorted([*missing, "data.source"])
+    if study.layout is not None and study.budget == BudgetConfig():
+        kept = num_attention(study.layout)
+        study = dataclasses.replace(study, budget=BudgetConfig(attention_layers=kept))
     if study.budget == BudgetConfig() and not any(p.startswith("budget.") for p in problems):
         # Each of its limits may be left out, but not all.
         missing.insert(0, "budget.attention_layers")
@@ -450,6 +522,9 @@ def study_from_dict(
     told = [f"{name}: must be given{_OTHERWISE.get(name, '')}" for name in missing]
     for found in (told, _check(study)):
         broken = [problem.split(":")[0] for problem in problems]
+        if any(name.startswith("data.mixture[") for name in broken):
+            # There is a text, if it can be read.
+            broken.append("data.source")
         problems += [p for p in found if not any(_overlap(p.split(":")[0], b) for b in broken)]
     if problems:
         raise ConfigError(problems, source=source)
@@ -571,8 +646,18 @@ def _normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
             int(key) if isinstance(key, str) and key.isdecimal() else key: name
             for key, name in space["pinned"].items()
         }
-    if isinstance(data, dict) and isinstance(data.get("source"), str):
-        data["source"] = [data["source"]]
+    mixture = data.get("mixture") if isinstance(data, dict) else None
+    if isinstance(mixture, list):
+        mixture = [dict(part) if isinstance(part, Mapping) else part for part in mixture]
+        settings["data"]["mixture"] = mixture
+    for part in (data, *(mixture if isinstance(mixture, list) else ())):
+        if isinstance(part, dict) and isinstance(part.get("source"), str):
+            part["source"] = [part["source"]]
+    layout = settings.get("layout")
+    if type(layout) is int or (
+        isinstance(layout, list) and all(type(layer) is int for layer in layout)
+    ):
+        settings["layout"] = ",".join(map(str, layout if isinstance(layout, list) else [layout]))
     return settings
 
 
@@ -603,8 +688,10 @@ def _locate(settings: dict[str, Any], base: Path) -> None:
             # Nothing is located at "", which names no model.
             if isinstance(model, dict) and model.get(key):
                 model[key] = located(model[key])
-    if isinstance(data, dict) and isinstance(data.get("source"), list):
-        data["source"] = [located(item) for item in data["source"]]
+    mixture = data.get("mixture") if isinstance(data, dict) else None
+    for part in (data, *(mixture if isinstance(mixture, list) else ())):
+        if isinstance(part, dict) and isinstance(part.get("source"), list):
+            part["source"] = [located(item) for item in part["source"]]
     # A space that comes with the package has no ending, whatever lies beside the study.
     if isinstance(space, dict) and str(space.get("name")).endswith((".yaml", ".yml")):
         space["name"] = located(space["name"])
@@ -626,6 +713,34 @@ def _assign(settings: dict[str, Any], keys: Sequence[str], value: object) -> Non
     settings[keys[-1]] = value
 
 
+def _says(settings: Mapping[str, Any], section: str, name: str) -> bool:
+    inner = settings.get(section)
+    return isinstance(inner, Mapping) and name in inner
+
+
+def _parts(value: Sequence[object]) -> list[SourceConfig]:
+    """The parts of a mixture.
+
+    Raises:
+        ConfigError: Every problem of any of them.
+    """
+    parts, problems = [], []
+    for i, item in enumerate(value):
+        where = f"data.mixture[{i}]"
+        if isinstance(item, SourceConfig):
+            parts.append(item)
+        elif not isinstance(item, Mapping):
+            problems.append(f"{where}: must be a mapping with `source` and `weight`, got {item!r}")
+        else:
+            try:
+                parts.append(read_options(SourceConfig, item, where=where, owner="a part"))
+            except ConfigError as e:
+                problems += e.problems
+    if problems:
+        raise ConfigError(problems)
+    return parts
+
+
 def _overlap(one: str, other: str) -> bool:
     """Whether two dotted paths are the same, or one lies within the other."""
     short, long = sorted((one, other), key=len)
@@ -636,8 +751,8 @@ def _located(keys: Sequence[str], value: object) -> object:
     """An override's value, with paths of inputs that start at the working folder."""
     alone: dict[str, Any] = {}
     _assign(alone, keys, value)
-    if list(keys) == ["data", "source"] and isinstance(value, str):
-        alone["data"]["source"] = [value]
+    if keys[0] == "data":
+        alone = _normalise(alone)
     _locate(alone, Path.cwd())
     found: Any = alone
     for key in keys:
@@ -736,7 +851,29 @@ def _check(study: StudyConfig) -> list[str]:
     )
     need(study.seed >= 0, f"seed: must be at least 0, but got {study.seed}")
     data, search, distill = study.data, study.search, study.distill
-    need(bool(data.source), "data.source: must name at least one file or data set")
+    need(
+        bool(data.source) or bool(data.mixture),
+        "data.source: must name at least one file or data set",
+    )
+    need(
+        not (data.source and data.mixture),
+        "data.mixture: data.source is given as well; give one of the two",
+    )
+    for i, part in enumerate(data.mixture):
+        where = f"data.mixture[{i}]"
+        need(bool(part.source), f"{where}.source: must name at least one file or data set")
+        need(
+            0 < part.weight < math.inf,
+            f"{where}.weight: must be above 0, but got {part.weight}",
+        )
+    need(
+        data.shuffle_blocks >= 1,
+        f"data.shuffle_blocks: must be at least 1, but got {data.shuffle_blocks}",
+    )
+    need(
+        data.workers is None or data.workers >= 0,
+        f"data.workers: must be at least 0, but got {data.workers}",
+    )
     need(data.block_size >= 8, f"data.block_size: must be at least 8, but got {data.block_size}")
     for name, tokens in (
         ("data.validation_tokens", data.validation_tokens),

@@ -2,7 +2,9 @@
 
 Each document falls to one split by a hash of its name or text, so a document is never in two splits
 and never moves when files are added. Reading stops when every split has the tokens that are asked
-for.
+for. The parts of a mixture are packed each by itself, and their blocks take turns by the weights.
+
+What is trained on is a :class:`TrainingText`: these blocks, or a stream (``stream.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +33,25 @@ from mohawk_nas.files import DamagedFile, load_tensors, read_json, save_tensors,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SPLITS", "BlockOrder", "TokenBlocks", "load_blocks", "split_of"]
+__all__ = [
+    "SPLITS",
+    "BlockOrder",
+    "Mixing",
+    "Part",
+    "TokenBlocks",
+    "TrainingBatches",
+    "TrainingText",
+    "check_same_text",
+    "describe_text",
+    "encode",
+    "find_parts",
+    "find_separator",
+    "load_blocks",
+    "naming",
+    "permutation",
+    "pieces",
+    "split_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +74,63 @@ _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 _PROGRESS_SECONDS = 10.0
 
 
+class TrainingBatches(Protocol):
+    """Batches of text without end, and where to go on with them.
+
+    With several ranks each gets its own share of one order that does not depend on their number:
+    the ranks' batches of one step, rank by rank, are what a single rank with a batch as large as
+    all of theirs would get. So the state is the same on every rank, and one of it will do for a
+    checkpoint, whatever number of ranks goes on from it.
+    """
+
+    def next(self) -> Tensor:
+        """This rank's next batch, ``(B, T)`` in torch.long on the CPU."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch stands, as JSON."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            DataError: It was taken of another text.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of processes and files; there are no batches after this."""
+        ...
+
+
+class TrainingText(Protocol):
+    """Text to train on."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides which tokens are read."""
+        ...
+
+    def batches(
+        self, *, batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> TrainingBatches:
+        """The text from its beginning.
+
+        Args:
+            batch_size: Blocks of one rank's batch.
+            seed: Of the order of the blocks.
+            rank: Whose share.
+            world: Ranks that share the text.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TokenBlocks:
     """Blocks of one split, in the order of the documents."""
@@ -66,6 +143,16 @@ class TokenBlocks:
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    @property
+    def block_size(self) -> int:
+        return self.tokens.shape[1]
+
+    def batches(
+        self, *, batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> TrainingBatches:
+        """Shuffled passes over the blocks, as :class:`BlockOrder` has them."""
+        return _BlockBatches(self, batch_size=batch_size, seed=seed, rank=rank, world=world)
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
         """The blocks of these numbers, ``(len(indices), block_size)`` in torch.long on the CPU."""
@@ -114,7 +201,10 @@ class BlockOrder:
         """Blocks that the batch of this step holds, ``(batch_size,)``; steps count from 0."""
         if step < 0:
             raise ValueError(f"`step >= 0` must hold, but got ({step=})")
-        position, end = step * self.batch_size, (step + 1) * self.batch_size
+        return self.between(step * self.batch_size, (step + 1) * self.batch_size)
+
+    def between(self, position: int, end: int) -> Tensor:
+        """Blocks at these positions of the order, whatever the batches are."""
         parts = []
         while position < end:
             number, offset = divmod(position, self.num_blocks)
@@ -124,11 +214,158 @@ class BlockOrder:
 
     def _pass(self, number: int) -> Tensor:
         if number not in self._passes:
-            digest = hashlib.sha256(f"{self.seed}/{number}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             self._passes = {n: order for n, order in self._passes.items() if n == number - 1}
-            self._passes[number] = torch.randperm(self.num_blocks, generator=generator)
+            self._passes[number] = permutation(self.num_blocks, self.seed, number)
         return self._passes[number]
+
+
+def permutation(count: int, seed: int, number: int) -> Tensor:
+    """An order of ``count`` things, ``(count,)``, that seed and number alone decide."""
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randperm(count, generator=generator)
+
+
+class _BlockBatches:
+    """Batches of blocks that are all there; the state is a position in their order."""
+
+    def __init__(
+        self, blocks: TokenBlocks, *, batch_size: int, seed: int, rank: int, world: int
+    ) -> None:
+        self._blocks = blocks
+        self._order = BlockOrder(len(blocks), batch_size=batch_size, seed=seed)
+        self._rank, self._world = rank, world
+        self._position = 0
+
+    def next(self) -> Tensor:
+        size = self._order.batch_size
+        first = self._position + self._rank * size
+        self._position += self._world * size
+        return self._blocks.batch(self._order.between(first, first + size))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"text": self._blocks.fingerprint, "position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        check_same_text(state, self._blocks.fingerprint)
+        self._position = state["position"]
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def check_same_text(state: Mapping[str, Any], fingerprint: str) -> None:
+    """Raise DataError if a position was taken in another text than the one of this fingerprint."""
+    if state["text"] != fingerprint:
+        raise DataError(
+            f"data: the position to go on from was taken in another text (fingerprint "
+            f"{state['text'][:16]}, this one has {fingerprint[:16]}); restore the text, or use "
+            "--force to start anew"
+        )
+
+
+class Mixing:
+    """Which part each block of a mixture is taken from: the one furthest behind its weight.
+
+    Args:
+        weights: A part each; only their proportions matter.
+        taken: Blocks taken of each so far.
+    """
+
+    def __init__(self, weights: Sequence[float], taken: Sequence[int] | None = None) -> None:
+        self._shares = [weight / sum(weights) for weight in weights]
+        self.taken = list(taken or [0] * len(weights))
+
+    def next(self) -> int:
+        """Number of the part that the next block is taken from."""
+        total = sum(self.taken) + 1
+        behind = [share * total - n for share, n in zip(self._shares, self.taken, strict=True)]
+        part = behind.index(max(behind))
+        self.taken[part] += 1
+        return part
+
+
+class Part(NamedTuple):
+    """One text of a mixture, or the only one."""
+
+    where: str
+    """Dotted path of its settings."""
+    weight: float
+    config: DataConfig
+    corpus: Corpus
+
+
+def find_parts(config: DataConfig) -> list[Part]:
+    """Look for the texts that a study names, without reading them.
+
+    Raises:
+        ConfigError: Every entry that is no file, or of a kind that cannot be read.
+    """
+    parts, problems = [], []
+    for i, (weight, settings) in enumerate(config.parts):
+        where = f"data.mixture[{i}]" if config.mixture else "data"
+        try:
+            with naming(where):
+                parts.append(Part(where, weight, settings, Corpus.find(settings)))
+        except ConfigError as e:
+            problems += e.problems
+    if problems:
+        raise ConfigError(problems)
+    return parts
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Let errors of one text of a mixture name its settings."""
+
+    def named(text: str) -> str:
+        return re.sub(r"\bdata\.(source|subset|text_field|document_field)\b", rf"{where}.\1", text)
+
+    try:
+        yield
+    except ConfigError as e:
+        raise ConfigError([named(problem) for problem in e.problems]) from e
+    except DataError as e:
+        raise DataError(named(str(e))) from e
+
+
+def describe_text(
+    config: DataConfig, parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """All that decides the order of tokens in a split, as JSON.
+
+    Raises:
+        DataError: A file is empty or cannot be read.
+        ConfigError: The separator is not a token.
+    """
+    described = []
+    for part in parts:
+        with naming(part.where):
+            described.append(
+                {
+                    "text_field": part.config.text_field,
+                    "document_field": part.config.document_field,
+                    "source": part.corpus.identity(sampled=config.streaming),
+                }
+            )
+    total = sum(part.weight for part in parts)
+    return {
+        "format": _FORMAT,
+        "tokenizer": _tokenizer_fingerprint(tokenizer),
+        "separator": find_separator(config, tokenizer),
+        "block_size": config.block_size,
+        # A text that is the only one is described as it was before there were mixtures.
+        **(
+            {
+                "mixture": [
+                    {"weight": part.weight / total, **text}
+                    for part, text in zip(parts, described, strict=True)
+                ]
+            }
+            if config.mixture
+            else described[0]
+        ),
+    }
 
 
 def split_of(document: str) -> str:
@@ -161,23 +398,16 @@ def load_blocks(
         TrainingError: The disk is full.
     """
     _check_needed(needed, config.block_size)
-    corpus = Corpus.find(config)
-    separator = _separator(config, tokenizer)
+    parts = find_parts(config)
     request = {
-        "format": _FORMAT,
-        "tokenizer": _tokenizer_fingerprint(tokenizer),
-        "separator": separator,
-        "block_size": config.block_size,
-        "text_field": config.text_field,
-        "document_field": config.document_field,
+        **describe_text(config, parts, tokenizer),
         "blocks": {s: needed[s] // config.block_size for s in SPLITS if s in needed},
-        "source": corpus.identity(),
     }
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:32]
     folder = Path(config.cache) / key
     blocks = _read_cache(folder, request)
     if blocks is None:
-        _make_cache(folder, request, corpus, tokenizer, separator=separator)
+        _make_cache(folder, request, parts, tokenizer)
         blocks = _read_cache(folder, request)
         if blocks is None:
             raise DataError(f"data.cache: {folder} does not hold what was just written to it")
@@ -185,7 +415,7 @@ def load_blocks(
         tokens = blocks["bank"].tokens.numel()
         logger.warning(
             "data: the bank split holds %s of %s tokens; training will make %.1f passes over it; "
-            "give more text in data.source to see each block once",
+            "give more text to see each block once",
             f"{tokens:,}",
             f"{needed['bank']:,}",
             needed["bank"] / tokens,
@@ -204,7 +434,8 @@ def _check_needed(needed: Mapping[str, int], block_size: int) -> None:
             )
 
 
-def _separator(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+def find_separator(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that is put in front of each document."""
     name = config.separator
     if name is None:
         for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
@@ -295,7 +526,7 @@ def _tokenise(
         # Records that follow each other in a split and name one document are one text.
         starts = document.name is None or document.name != packer.document
         packer.document = document.name
-        for text in _pieces(document.text):
+        for text in pieces(document.text):
             batch.append(_Piece(split, text, starts))
             starts = False
             packer.num_waiting += len(text)
@@ -326,14 +557,7 @@ def _encode(
 ) -> None:
     if not batch:
         return
-    encoded = tokenizer(
-        [piece.text for piece in batch],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        # Blocks are shorter than the texts, so their length is nothing to warn of.
-        verbose=False,
-    )["input_ids"]
+    encoded = encode(tokenizer, [piece.text for piece in batch])
     for split, packer in packers.items():
         tokens: list[int] = []
         documents = 0
@@ -350,7 +574,22 @@ def _encode(
         packer.num_waiting = 0
 
 
-def _pieces(text: str) -> Iterator[str]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Tokens of each text, none added."""
+    if not texts:
+        return []
+    encoded: list[list[int]] = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        # Blocks are shorter than the texts, so their length is nothing to warn of.
+        verbose=False,
+    )["input_ids"]
+    return encoded
+
+
+def pieces(text: str) -> Iterator[str]:
     """Cut a long text between two words, where tokenizers cut as well.
 
     A tokenizer holds a hundred times the size of each text in memory. Where the pieces begin
@@ -382,24 +621,30 @@ def _fingerprint(split: str, tokens: Tensor) -> str:
 def _make_cache(
     folder: Path,
     request: Mapping[str, Any],
-    corpus: Corpus,
+    parts: Sequence[Part],
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    separator: int,
 ) -> None:
     block_size: int = request["block_size"]
-    wanted = {split: blocks * block_size for split, blocks in request["blocks"].items()}
-    with corpus.reading() as documents:
-        packers = _tokenise(documents, tokenizer, separator=separator, wanted=wanted)
-    logger.info("data: tokens: %s", _progress(packers))
+    orders = {split: _mixed(parts, num_blocks) for split, num_blocks in request["blocks"].items()}
+    packed: list[dict[str, Tensor]] = []
+    documents = dict.fromkeys(request["blocks"], 0)
+    for number, part in enumerate(parts):
+        wanted = {split: order.count(number) * block_size for split, order in orders.items()}
+        with naming(part.where), part.corpus.reading() as reading:
+            packers = _tokenise(reading, tokenizer, separator=request["separator"], wanted=wanted)
+            logger.info("data: tokens: %s", _progress(packers))
+            blocks = {split: packer.blocks(block_size) for split, packer in packers.items()}
+            _check_enough(blocks, packers, part.corpus)
+        packed.append(blocks)
+        for split, packer in packers.items():
+            documents[split] += packer.num_documents
     splits: dict[str, dict[str, Any]] = {}
     try:
-        blocks = {split: packer.blocks(block_size) for split, packer in packers.items()}
-        _check_enough(blocks, packers, corpus)
-        for split, tokens in blocks.items():
+        for split, order in orders.items():
+            tokens = _take_turns(parts, [blocks[split] for blocks in packed], order)
             save_tensors(folder / f"{split}.safetensors", {"tokens": tokens})
             splits[split] = {
-                "documents": packers[split].num_documents,
+                "documents": documents[split],
                 "tokens": tokens.numel(),
                 "blocks": len(tokens),
                 "fingerprint": _fingerprint(split, tokens),
@@ -409,7 +654,7 @@ def _make_cache(
             {
                 "request": request,
                 "splits": splits,
-                "source": corpus.names,
+                "source": [name for part in parts for name in part.corpus.names],
                 "versions": _versions(),
             },
         )
@@ -417,6 +662,48 @@ def _make_cache(
         raise DataError(
             f"data.cache: {folder} must be a folder that can be written, but: {e.strerror}"
         ) from e
+
+
+def _mixed(parts: Sequence[Part], num_blocks: int) -> list[int]:
+    """The part that each of so many blocks is taken from."""
+    if len(parts) == 1:
+        return [0] * num_blocks
+    mixing = Mixing([part.weight for part in parts])
+    return [mixing.next() for _ in range(num_blocks)]
+
+
+def _take_turns(parts: Sequence[Part], packed: Sequence[Tensor], order: list[int]) -> Tensor:
+    """Blocks of one split, ``(num_blocks, block_size)``, mixed in this order.
+
+    Where the text of the bank is too short, the part that lasts longest is gone through once, and
+    the others again and again as their weights demand.
+    """
+    if len(parts) == 1 or not order:
+        return packed[0]
+    counts = [order.count(number) for number in range(len(parts))]
+    lasts = max(
+        1.0 if len(blocks) >= count else len(blocks) / count
+        for blocks, count in zip(packed, counts, strict=True)
+        if count
+    )
+    if lasts < 1:
+        order = order[: int(len(order) * lasts)]
+    starts = [sum(map(len, packed[:number])) for number in range(len(parts))]
+    taken = [0] * len(parts)
+    rows = []
+    for number in order:
+        rows.append(starts[number] + taken[number] % len(packed[number]))
+        taken[number] += 1
+    for part, count, blocks in zip(parts, taken, packed, strict=True):
+        if count > len(blocks):
+            logger.warning(
+                "data: %s.source holds %s blocks of the bank split where its weight asks for %s; "
+                "they are repeated",
+                part.where,
+                f"{len(blocks):,}",
+                f"{count:,}",
+            )
+    return torch.cat(list(packed))[torch.tensor(rows, dtype=torch.long)]
 
 
 def _check_enough(

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 from mohawk_nas.config import DataConfig
 from mohawk_nas.errors import ConfigError, DataError, MohawkError
 
-__all__ = ["Corpus", "Document", "SourceFile"]
+__all__ = ["Corpus", "Document", "Reading", "SourceFile", "quiet_datasets"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ _KINDS: dict[str, Literal["text", "json", "parquet"]] = {
     ".parquet": "parquet",
 }
 _COMPRESSED = (".gz", ".xz", ".zst")
+_SAMPLE = 65_536
 
 
 class Document(NamedTuple):
@@ -84,14 +86,20 @@ class Corpus:
         """Whether some files are plain text, in which a whole file is one document."""
         return any(file.kind == "text" for file in self.files)
 
-    def identity(self) -> list[dict[str, str | int]] | dict[str, str | None]:
+    def identity(
+        self, *, sampled: bool = False
+    ) -> list[dict[str, str | int]] | dict[str, str | None]:
         """What the documents depend on, as JSON: the files' content, or the data set's name.
+
+        Args:
+            sampled: Take a file's size and a little of its beginning and end for its content:
+                files that are streamed are too large to be read for this.
 
         Raises:
             DataError: A file is empty or cannot be read.
         """
         if self.files:
-            return [_content(file) for file in self.files]
+            return [_content(file, sampled=sampled) for file in self.files]
         config = self.config
         return {"name": config.source[0], "subset": config.subset, "split": config.split}
 
@@ -102,10 +110,98 @@ class Corpus:
         Raises:
             DataError: While the documents are drawn: a file or a record is not what it must be.
         """
+        with quiet_datasets(local=bool(self.files)):
+            yield self.read()
+
+    def read(self, after: Mapping[str, Any] | None = None) -> Reading:
+        """What :meth:`reading` yields, for those who see to the library's messages themselves.
+
+        Args:
+            after: Go on behind the document at which :meth:`Reading.position` said this.
+        """
         if self.files and self.config.subset is not None:
             logger.warning("data: data.subset is for hub data sets and is ignored for files")
-        with _quiet_datasets(local=bool(self.files)):
-            yield _documents(self.config, self.files)
+        return Reading(self.config, self.files, after)
+
+
+class Reading(Iterator[Document]):
+    """Every record of a corpus that holds text, in order, and where the last one stands."""
+
+    def __init__(
+        self, config: DataConfig, files: Sequence[SourceFile], after: Mapping[str, Any] | None
+    ) -> None:
+        self._after: Mapping[str, Any] = after or {}
+        self._file, self._record = self._after.get("file", 0), self._after.get("record", 0)
+        self._rows: Any = None
+        self._documents = self._read(config, files)
+
+    def __next__(self) -> Document:
+        return next(self._documents)
+
+    def position(self) -> dict[str, Any]:
+        """Where the document that was drawn last stands, as JSON; another reading goes on there."""
+        if self._rows is not None:
+            return {"rows": self._rows.state_dict()}
+        return {"file": self._file, "record": self._record}
+
+    def _read(self, config: DataConfig, files: Sequence[SourceFile]) -> Iterator[Document]:
+        if not files:
+            where = f"data.source: hub data set {config.source[0]!r}"
+            yield from _read(self._hub_records(config, where), config, where=where, unit="record")
+        first = self._file
+        numbered = list(enumerate(files))[first:]
+        for kind, group in itertools.groupby(numbered, key=lambda entry: entry[1].kind):
+            entries = [(number, file.path) for number, file in group]
+            if kind == "text":
+                yield from self._whole_files(entries)
+                continue
+            for number, path in entries:
+                done = self._record if number == first else 0
+                where = f"data.source: {path}"
+                records = (
+                    _json_records(path, where, after=done)
+                    if kind == "json"
+                    else _parquet_records(path, config, where, after=done)
+                )
+                unit = "line" if kind == "json" else "record"
+                records = self._noted(number, records)
+                yield from _read(records, config, where=where, unit=unit, resumed=done > 0)
+
+    def _noted(self, file: int, records: _Records) -> _Records:
+        for number, record in records:
+            self._file, self._record = file, number
+            yield number, record
+
+    def _whole_files(self, entries: Sequence[tuple[int, Path]]) -> Iterator[Document]:
+        if entries[0][0] == self._file and self._record:
+            entries = entries[1:]
+        for (number, _), document in zip(
+            entries, _text_documents([path for _, path in entries]), strict=True
+        ):
+            self._file, self._record = number, 1
+            yield document
+
+    def _hub_records(self, config: DataConfig, where: str) -> _Records:
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(
+                config.source[0], config.subset, split=config.split, streaming=True
+            )
+            known = rows.column_names
+            if known is not None and set(_fields(config)) <= set(known):
+                # Images and audio beside the text would be decoded.
+                rows = rows.select_columns(_fields(config))
+            if "rows" in self._after:
+                rows.load_state_dict(self._after["rows"])
+            self._rows = rows
+            yield from enumerate(rows, 1)
+        # The library hands on whatever its HTTP client and the formats raise.
+        except Exception as e:
+            raise DataError(
+                f"{where} (subset {config.subset}, split {config.split}) cannot be read: "
+                f"{_one_line(e)}; check the network and the spelling of the names"
+            ) from e
 
 
 def _find_files(config: DataConfig) -> list[SourceFile]:
@@ -162,11 +258,16 @@ def _kind(path: Path) -> Literal["text", "json", "parquet"] | None:
     return None if kind == "parquet" and compressed else kind
 
 
-def _content(file: SourceFile) -> dict[str, str | int]:
+def _content(file: SourceFile, *, sampled: bool) -> dict[str, str | int]:
     try:
         size = file.path.stat().st_size
         with file.path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            if sampled and size > 2 * _SAMPLE:
+                ends = stream.read(_SAMPLE)
+                stream.seek(-_SAMPLE, os.SEEK_END)
+                digest = "ends " + hashlib.sha256(ends + stream.read()).hexdigest()
+            else:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as e:
         raise DataError(f"data.source: {file.path} cannot be read: {e.strerror}") from e
     if size == 0:
@@ -182,26 +283,9 @@ _Records = Iterator[tuple[int, Mapping[str, Any]]]
 """Records, each with its number, which counts from 1."""
 
 
-def _documents(config: DataConfig, files: Sequence[SourceFile]) -> Iterator[Document]:
-    """Every record that holds text, in order."""
-    if not files:
-        where = f"data.source: hub data set {config.source[0]!r}"
-        yield from _read(_hub_records(config, where), config, where=where, unit="record")
-    for kind, group in itertools.groupby(files, key=lambda file: file.kind):
-        paths = [file.path for file in group]
-        if kind == "text":
-            yield from _text_documents(paths)
-            continue
-        for path in paths:
-            where = f"data.source: {path}"
-            if kind == "json":
-                yield from _read(_json_records(path, where), config, where=where, unit="line")
-            else:
-                records = _parquet_records(path, config, where)
-                yield from _read(records, config, where=where, unit="record")
-
-
 def _text_documents(paths: Sequence[Path]) -> Iterator[Document]:
+    if not paths:
+        return
     # Opened together, since a corpus may be thousands of small files: one row is one file.
     rows = _stream("text", paths, sample_by="document", encoding="utf-8-sig")
     for path in paths:
@@ -213,11 +297,11 @@ def _text_documents(paths: Sequence[Path]) -> Iterator[Document]:
         yield Document(text, None)
 
 
-def _json_records(path: Path, where: str) -> _Records:
+def _json_records(path: Path, where: str, *, after: int = 0) -> _Records:
     # Lines, not the library's JSON reader: that one guesses types from the first megabytes, turns
     # text that looks like a date into one, and stops at a record with a field it has not seen.
     for number, row in _rows("text", path, sample_by="line", encoding="utf-8-sig"):
-        if not row["text"].strip():
+        if number <= after or not row["text"].strip():
             continue
         try:
             record = json.loads(row["text"])
@@ -234,7 +318,7 @@ def _json_records(path: Path, where: str) -> _Records:
         yield number, record
 
 
-def _parquet_records(path: Path, config: DataConfig, where: str) -> _Records:
+def _parquet_records(path: Path, config: DataConfig, where: str, *, after: int = 0) -> _Records:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     with _readable(path):
@@ -243,30 +327,13 @@ def _parquet_records(path: Path, config: DataConfig, where: str) -> _Records:
         if name not in known:
             raise _missing_field(name, config, known, where=where)
     # The batch size bounds memory, and a file without rows fails without it.
-    yield from _rows("parquet", path, columns=_fields(config), batch_size=1024)
+    rows = _rows("parquet", path, columns=_fields(config), batch_size=1024)
+    yield from itertools.islice(rows, after, None)
 
 
-def _hub_records(config: DataConfig, where: str) -> _Records:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(
-            config.source[0], config.subset, split=config.split, streaming=True
-        )
-        known = rows.column_names
-        if known is not None and set(_fields(config)) <= set(known):
-            # Images and audio beside the text would be decoded.
-            rows = rows.select_columns(_fields(config))
-        yield from enumerate(rows, 1)
-    # The library hands on whatever its HTTP client and the formats raise.
-    except Exception as e:
-        raise DataError(
-            f"{where} (subset {config.subset}, split {config.split}) cannot be read: "
-            f"{_one_line(e)}; check the network and the spelling of the names"
-        ) from e
-
-
-def _read(records: _Records, config: DataConfig, *, where: str, unit: str) -> Iterator[Document]:
+def _read(
+    records: _Records, config: DataConfig, *, where: str, unit: str, resumed: bool = False
+) -> Iterator[Document]:
     skipped = found = 0
     for number, record in records:
         for name in _fields(config):
@@ -293,7 +360,7 @@ def _read(records: _Records, config: DataConfig, *, where: str, unit: str) -> It
             document = _valid(str(value))
         found += 1
         yield Document(_valid(text), document)
-    if found == 0:
+    if found == 0 and not resumed:
         raise DataError(
             f"{where} must hold text, but no {unit} has any in field {config.text_field!r}; leave "
             "it out, or name another field in data.text_field"
@@ -396,7 +463,7 @@ def _one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_datasets(*, local: bool) -> Iterator[None]:
+def quiet_datasets(*, local: bool) -> Iterator[None]:
     """No progress bars; for local files, no messages beside our own and no use of the network.
 
     The library would report each opened file to the hub, which without a network can take seconds.

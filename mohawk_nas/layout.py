@@ -125,6 +125,17 @@ class Layout:
         return hashlib.sha256("\n".join(self.candidates).encode()).hexdigest()[:16]
 
 
+def num_attention(text: str) -> int:
+    """Attention layers that a layout's text keeps; it need not fit any model.
+
+    >>> num_attention("4,10"), num_attention("MAM2 M"), num_attention("")
+    (2, 1, 0)
+    """
+    if text.strip()[:1].isalpha():
+        return re.findall(r"[A-Za-z]\d*", text).count("A")
+    return len([part for part in text.split(",") if part.strip()])
+
+
 def assign_symbols(letters: Mapping[str, str]) -> dict[str, str]:
     """A distinct symbol for each candidate: its mixer's letter, numbered where two share one.
 

@@ -23,11 +23,12 @@ from mohawk_nas.config import (
     BankConfig,
     DistillConfig,
     StudyConfig,
+    load_study,
     plain,
     recipe_of,
     study_from_dict,
 )
-from mohawk_nas.data import TokenBlocks, load_blocks
+from mohawk_nas.data import TrainingText
 from mohawk_nas.distill.logits import LogitsResult, distill_logits
 from mohawk_nas.distill.logits_trainer import student_to_train
 from mohawk_nas.distill.parallel import parallel_mode
@@ -35,7 +36,7 @@ from mohawk_nas.errors import ConfigError, LayoutError, RunError, TeacherError, 
 from mohawk_nas.export.hf import describe_candidates, save_hybrid
 from mohawk_nas.files import DamagedFile, atomic_folder, atomic_write, load_tensors, write_json
 from mohawk_nas.layout import ATTENTION, Layout
-from mohawk_nas.plan import find_problems
+from mohawk_nas.plan import check_searchable, find_problems
 from mohawk_nas.ranks import first_is_ready, my_share, num_ranks, rank, told_once, wait_for_all
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.reporting.board import missing_package
@@ -57,21 +58,25 @@ from mohawk_nas.search.decode import (
 from mohawk_nas.search.leases import Worker
 from mohawk_nas.search.result import Placement, StudyResult, Trial
 from mohawk_nas.search.scoring import Score
+from mohawk_nas.search.space import SearchSpace, load_space
 from mohawk_nas.search.storages import locate_study
 from mohawk_nas.search.study import check_search, run_study
 from mohawk_nas.search.workers import environments, run_crew
+from mohawk_nas.stream import TextStream
 from mohawk_nas.student import MixerSource, assemble
 from mohawk_nas.teacher import Teacher, check_vocabularies, load_teacher
 from mohawk_nas.workbench import Workbench
 
 __all__ = [
     "BestLayout",
+    "choose_layout",
     "distill",
     "help_distill",
     "help_search",
     "load_best",
     "score",
     "search",
+    "write_given",
 ]
 
 
@@ -83,8 +88,11 @@ class BestLayout:
     study: StudyConfig
     layout: Layout
     candidates: dict[str, dict[str, Any]]
-    teacher_fingerprint: str
+    teacher_fingerprint: str | None
+    """None where the layout was given, for whatever teacher the study names."""
     scores: dict[str, Any]
+    is_written: bool = True
+    """Whether ``best.yaml`` is there."""
 
 
 def search(
@@ -106,6 +114,7 @@ def search(
         RunError: The run's folder holds something else, or the storage is not for several workers.
         TrainingError: The storage cannot be used, or all workers have stopped.
     """
+    check_searchable(config)
     if problems := find_problems(config):
         raise ConfigError(problems)
     with only_one(config.run_dir):
@@ -305,6 +314,80 @@ def load_best(path: str | Path, overrides: Sequence[str] = ()) -> BestLayout:
     )
 
 
+def choose_layout(path: str | Path, overrides: Sequence[str] = ()) -> BestLayout:
+    """What to distil: a search's ``best.yaml``, or the layout that a study gives.
+
+    Args:
+        path: ``best.yaml``, the run's folder, or a study.
+        overrides: Changes to the study.
+
+    Raises:
+        ConfigError: It is a study, with every problem of it.
+        RunError: It is neither.
+    """
+    path = Path(path)
+    if not _is_study(path):
+        return load_best(path, overrides)
+    config = load_study(path, overrides)
+    if config.layout is None:
+        raise ConfigError(
+            "layout: must be given where a study is distilled as it is; or find one: `mohawk-nas "
+            f"search {path}`",
+            source=str(path),
+        )
+    if problems := find_problems(config):
+        raise ConfigError(problems, source=str(path))
+    teacher = load_teacher(config.teacher, meta=True)
+    space = load_space(config.space, num_layers=teacher.num_layers)
+    layout = space.parse(config.layout)
+    return BestLayout(
+        path=config.run_dir / "best.yaml",
+        study=config,
+        layout=layout,
+        candidates=_candidates_of(layout, space),
+        teacher_fingerprint=None,
+        scores={},
+        is_written=False,
+    )
+
+
+def _is_study(path: Path) -> bool:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, yaml.YAMLError):
+        return False
+    # What a search wrote holds its study whole.
+    return isinstance(raw, dict) and "teacher" in raw and "study" not in raw
+
+
+def write_given(best: BestLayout, *, force: bool = False) -> None:
+    """Make the run's folder of a layout that a study gives, as a search would have left it.
+
+    Raises:
+        RunError: The folder holds something else.
+    """
+    if best.is_written or rank():
+        return
+    config = best.study
+    if not force:
+        check_distill_dir(best.path.parent / "distill", _settings(best))
+    space = load_space(config.space, num_layers=len(best.layout))
+    with only_one(config.run_dir):
+        claim_run_dir(config, force=False)
+        content = {
+            "strip": best.layout.strip(space.symbols),
+            "attention_layers": list(best.layout.attention_layers),
+            "layout": list(best.layout.candidates),
+            "candidates": best.candidates,
+            "scores": {},
+            "teacher": {"source": config.teacher.source, "fingerprint": None},
+            "bank": {},
+            "provenance": provenance(),
+            "study": plain(_anchored(config)),
+        }
+        _write_yaml(best.path, "# The layout that the study gives.\n", content)
+
+
 def distill(
     best: BestLayout, *, reporter: Reporter = SILENT, force: bool = False
 ) -> tuple[LogitsResult, Path]:
@@ -327,9 +410,9 @@ def distill(
 def help_distill(path: str | Path, overrides: Sequence[str] = ()) -> None:
     """What the other ranks do while rank 0 distils: their share of all three stages."""
     if first_is_ready():
-        best = load_best(path, overrides)
+        best = choose_layout(path, overrides)
         bench = Workbench(best.study)
-        _train_all_stages(bench, best, best.path.parent / "distill", _distill_blocks(bench))
+        _train_all_stages(bench, best, best.path.parent / "distill", _distill_text(bench))
 
 
 def _check_distill(config: DistillConfig) -> None:
@@ -354,11 +437,11 @@ def _distill(
             f"{best.path}: its layout keeps attention in every layer, so there is nothing to "
             "distil; lower the study's budget and search again"
         )
-    settings = {"layout": list(best.layout.candidates), "distill": _settings(config)}
+    settings = _settings(best)
     if not force:
         check_distill_dir(folder, settings)
     bench = Workbench(best.study, reporter)
-    if bench.teacher.fingerprint != best.teacher_fingerprint:
+    if best.teacher_fingerprint not in (None, bench.teacher.fingerprint):
         raise RunError(
             f"{best.path}: was made for another teacher (fingerprint {best.teacher_fingerprint}, "
             f"but {best.study.teacher.source} has {bench.teacher.fingerprint}); run `search` again"
@@ -369,9 +452,13 @@ def _distill(
         raise LayoutError(f"{best.path}: {e}") from e
     if force and folder.exists():
         set_aside(folder)
-    claim_identity(folder, {**bench.identity, "seed": best.study.seed})
+    train = _distill_text(bench)
+    identity = {**bench.identity, "seed": best.study.seed}
+    if best.study.data.streaming:
+        # What is cached follows from text of the bank split.
+        identity["streamed text"] = train.fingerprint
+    claim_identity(folder, identity)
     write_json(folder / DISTILL_RECORD, settings)
-    train = _distill_blocks(bench)
     # The text is tokenised by now; the others find it in the cache.
     first_is_ready()
     result, student, bank = _train_all_stages(bench, best, folder, train)
@@ -393,14 +480,16 @@ def _distill(
             "best_step": result.best_step,
             "tokens": {"hidden": config.hidden.tokens, "logits": result.tokens},
             "bank": {str(i): bank.key(i, name) for i, name in pairs},
+            "teacher": bench.teacher.fingerprint,
             "provenance": provenance() | {"processes": num_ranks()},
         },
     )
     return result, folder
 
 
-def _settings(config: DistillConfig) -> dict[str, Any]:
-    """What a distillation depends on beyond rounding."""
+def _settings(best: BestLayout) -> dict[str, Any]:
+    """What a distillation that goes on must agree with: all that decides more than rounding."""
+    config = best.study.distill
     found: dict[str, Any] = plain(config) | {"logits": recipe_of(config.logits)}
     del found["tensorboard"]
     if config.teacher.source:
@@ -408,11 +497,11 @@ def _settings(config: DistillConfig) -> dict[str, Any]:
         del found["teacher"]["device"]
     else:
         del found["teacher"]
-    return found
+    return {"layout": list(best.layout.candidates), "distill": found}
 
 
 def _train_all_stages(
-    bench: Workbench, best: BestLayout, folder: Path, train: TokenBlocks
+    bench: Workbench, best: BestLayout, folder: Path, train: TrainingText
 ) -> tuple[LogitsResult, Any, Bank]:
     """Stages 1 to 3 with all processes of this run; the student is whole on the first one."""
     config = best.study.distill
@@ -475,14 +564,17 @@ def _guide(bench: Workbench) -> Teacher:
     return guide
 
 
-def _distill_blocks(bench: Workbench) -> TokenBlocks:
-    """The bank split once more, as much of it as the distillation reads."""
+def _distill_text(bench: Workbench) -> TrainingText:
+    """The bank split once more: as much of it as the distillation reads, or all as a stream."""
     config, data = bench.config.distill, bench.config.data
-    tokens = max(config.matrix.tokens, config.hidden.tokens, config.logits.tokens, data.block_size)
-    return load_blocks(data, bench.teacher.tokenizer, needed={"bank": tokens})["bank"]
+    if data.streaming:
+        return TextStream(data, bench.teacher.tokenizer)
+    return bench.training_text(
+        max(config.matrix.tokens, config.hidden.tokens, config.logits.tokens)
+    )
 
 
-def _layer_bank(bench: Workbench, best: BestLayout, path: Path, train: TokenBlocks) -> Bank:
+def _layer_bank(bench: Workbench, best: BestLayout, path: Path, train: TrainingText) -> Bank:
     """The bank that the student is assembled from, trained for its layers alone."""
     config = best.study.distill
     scratch = config.start == "scratch"
@@ -539,9 +631,7 @@ def _write_best(
         "strip": best.layout.strip(symbols),
         "attention_layers": list(best.layout.attention_layers),
         "layout": list(best.layout.candidates),
-        "candidates": describe_candidates(
-            {name: bench.space.candidates[name] for name in sorted(set(best.layout.candidates))}
-        ),
+        "candidates": _candidates_of(best.layout, bench.space),
         "scores": {
             "value": best.value,
             "objectives": {name: best.score.mean(name) for name in best.score.per_block},
@@ -559,8 +649,18 @@ def _write_best(
         "study": plain(_anchored(bench.config)),
     }
     text = "# Written by `mohawk-nas search`; `mohawk-nas distill` takes it from here.\n"
+    _write_yaml(path, text, content)
+
+
+def _write_yaml(path: Path, comment: str, content: Mapping[str, Any]) -> None:
     with atomic_write(path) as beside:
-        beside.write_text(text + yaml.safe_dump(content, sort_keys=False, width=100), "utf-8")
+        beside.write_text(comment + yaml.safe_dump(content, sort_keys=False, width=100), "utf-8")
+
+
+def _candidates_of(layout: Layout, space: SearchSpace) -> dict[str, dict[str, Any]]:
+    return describe_candidates(
+        {name: space.candidates[name] for name in sorted(set(layout.candidates))}
+    )
 
 
 def _rung_figures(result: StudyResult) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 
 from mohawk_nas.config import StudyConfig
+from mohawk_nas.data import find_parts
 from mohawk_nas.distill.trainer import num_steps
-from mohawk_nas.documents import Corpus
-from mohawk_nas.errors import ConfigError, InputError, TeacherError
-from mohawk_nas.mixer import Mixer
+from mohawk_nas.errors import ConfigError, InputError, LayoutError, TeacherError
+from mohawk_nas.mixer import Mixer, MixerConfig
 from mohawk_nas.registry import load_plugin
 from mohawk_nas.reporting.board import missing_package
 from mohawk_nas.search.budget import Budget, make_budget
@@ -28,7 +29,7 @@ from mohawk_nas.teacher import (
     teacher_dtype,
 )
 
-__all__ = ["Plan", "find_problems", "make_plan"]
+__all__ = ["Plan", "Work", "check_searchable", "count_work", "find_problems", "make_plan"]
 
 
 def find_problems(config: StudyConfig) -> list[str]:
@@ -45,7 +46,7 @@ def find_problems(config: StudyConfig) -> list[str]:
         device = pick_device(config.teacher.device)
     except TeacherError as e:
         problems.append(str(e))
-    _collect(problems, lambda: Corpus.find(config.data))
+    _collect(problems, lambda: find_parts(config.data))
     problems += _misplaced_folders(config)
     problems += check_needs(config)
     if config.teacher.architecture is None:
@@ -71,6 +72,12 @@ def find_problems(config: StudyConfig) -> list[str]:
     if not space:
         return problems + check_search(config.search)
     misfits = _misfits(config, teacher, space[0])
+    if config.layout is not None:
+        try:
+            space[0].parse(config.layout)
+        except LayoutError as e:
+            problems.append(f"layout: {e}")
+        return problems + misfits
     budget = None
     try:
         budget = _known_budget(config, teacher, space[0], device)
@@ -99,6 +106,15 @@ def _guide_problems(config: StudyConfig, teacher: Teacher) -> list[str]:
                 f"distill.teacher, but got {config.data.block_size}"
             )
     return problems
+
+
+def check_searchable(config: StudyConfig) -> None:
+    """Raise ConfigError if the study leaves nothing to search."""
+    if config.layout is not None:
+        raise ConfigError(
+            f"layout: is given ({config.layout or 'no attention layers'}), so there is nothing to "
+            "search; distil it, or search with layout=null and another name"
+        )
 
 
 def _known_budget(
@@ -143,7 +159,9 @@ def _misplaced_folders(config: StudyConfig) -> list[str]:
 
 def _misfits(config: StudyConfig, teacher: Teacher, space: SearchSpace) -> list[str]:
     problems: list[str] = []
-    needs_factors = config.bank.matrix.tokens > 0
+    # A layout of one's own may do without the bank.
+    stage = "bank" if config.distill.start == "bank" else "distill"
+    needs_factors = getattr(config, stage).matrix.tokens > 0
     for name in space.replacements:
 
         def build(name: str = name) -> None:
@@ -151,7 +169,7 @@ def _misfits(config: StudyConfig, teacher: Teacher, space: SearchSpace) -> list[
             if needs_factors and type(mixer).factors is Mixer.factors:
                 raise ConfigError(
                     f"space.candidates.{name}: {type(mixer).__name__} offers no matrix factors, so "
-                    "stage 1 cannot train it; set bank.matrix.tokens to 0"
+                    f"stage 1 cannot train it; set {stage}.matrix.tokens to 0"
                 )
 
         _collect(problems, build)
@@ -165,6 +183,50 @@ def _on_meta(space: SearchSpace, teacher: Teacher, name: str) -> Mixer:
         if config.init == "attention":
             mixer.init_from_attention(teacher.views[0])
     return mixer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Floating-point operations a token, two a multiply-add."""
+
+    forward: float
+    """The teacher's body."""
+    head: float
+    """Its logits."""
+    attention: float
+    """One layer's attention, of what ``forward`` counts: projections and both products."""
+    mixers: float
+    """All the mixers, forwards."""
+    matrices: float
+    """Stage 1's matrices of all the mixers, with their gradients."""
+
+
+def count_work(teacher: Teacher, mixers: Sequence[MixerConfig], length: int) -> Work:
+    """Count operations of a teacher, which may stand on the meta device, and of mixers for it.
+
+    Args:
+        teacher: The teacher.
+        mixers: One for each that is trained.
+        length: Tokens a block.
+    """
+    view, vocab = teacher.views[0], teacher.vocab_size
+    heads = view.num_heads * view.head_dim
+    body_params = sum(p.numel() for p in teacher.model.parameters()) - sum(
+        p.numel() for p in teacher.model.get_input_embeddings().parameters()
+    )
+    if not teacher.model.config.tie_word_embeddings:
+        body_params -= vocab * view.d_model
+    # The two products of attention over half a block.
+    products = 2 * length * heads
+    return Work(
+        # Two operations a parameter and token.
+        forward=2 * body_params + products * teacher.num_layers,
+        head=2 * vocab * view.d_model,
+        attention=2 * sum(p.numel() for p in view.module.parameters()) + products,
+        mixers=sum(mixer.flops_per_token(view, length) for mixer in mixers),
+        # Stage 1 makes both matrices in the forward pass, again in the backward, and two gradients.
+        matrices=len(mixers) * 4 * 2 * length * heads,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,6 +268,7 @@ def make_plan(config: StudyConfig) -> Plan:
     Raises:
         ConfigError: Every problem of the study.
     """
+    check_searchable(config)
     if problems := find_problems(config):
         raise ConfigError(problems)
     teacher = load_teacher(config.teacher, meta=True)
@@ -219,20 +282,10 @@ def make_plan(config: StudyConfig) -> Plan:
     dtype = teacher_dtype(config.teacher, device)
     element = dtype.itemsize
 
-    vocab, width = teacher.vocab_size, view.d_model
+    width = view.d_model
     model_params = sum(p.numel() for p in teacher.model.parameters())
-    body_params = model_params - sum(
-        p.numel() for p in teacher.model.get_input_embeddings().parameters()
-    )
-    if not teacher.model.config.tie_word_embeddings:
-        body_params -= vocab * width
-    # Two operations a parameter and token, and the two products of attention over half a block.
-    attention = 2 * length * view.num_heads * view.head_dim * teacher.num_layers
-    forward = 2 * body_params + attention
-    head = 2 * vocab * width
-    mixers = sum(space.candidates[name].flops_per_token(view, length) for name in entries)
-    # Stage 1 makes both matrices in the forward pass, again in the backward, and two gradients.
-    matrices = len(entries) * 4 * 2 * length * view.num_heads * view.head_dim
+    work = count_work(teacher, [space.candidates[name] for name in entries], length)
+    forward, head, mixers, matrices = work.forward, work.head, work.mixers, work.matrices
     bank = config.bank
     flops = {
         "bank, stage 1": bank.matrix.tokens * (forward + 3 * mixers + matrices),

@@ -551,6 +551,7 @@ def test_a_resumed_run_names_what_may_not_change(run, study, refuse):
     assert refuse("search", study, "seed=3", "bank.hidden.lr=1e-4", "search.trials=9") == (
         f"{run}: was begun with other settings (bank.hidden.lr: 0.003 -> 0.0001; seed: 0 -> 3). "
         "Only search.trials, search.batch_size, search.storage, teacher.device, data.cache, "
+        "data.streaming, data.shuffle_blocks, data.workers, "
         "bank.path, bank.checkpoint_steps, output, search.rungs and distill may change; give the "
         "study another name, or use --force to set the old run aside"
     )

@@ -46,7 +46,7 @@ def test_everything_that_is_missing_is_named():
         study_from_dict({}, source="a.yaml")
     assert caught.value.problems == [
         "budget.attention_layers: must be given, or budget.cache, or budget.decode",
-        "data.source: must be given",
+        "data.source: must be given, or data.mixture",
         "name: must be given",
         "teacher.source: must be given",
     ]
@@ -520,6 +520,7 @@ def test_what_is_dumped_reads_back_as_the_same():
         "teacher",
         "data",
         "space",
+        "layout",
         "budget",
         "bank",
         "search",

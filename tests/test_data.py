@@ -159,7 +159,7 @@ def test_batches_and_pieces_change_nothing(
     expected = packed(tokenizer, documents[:-1], "bank")
     count = (len(expected) // BLOCK - 1) * BLOCK
     assert blocks.tokens.flatten().tolist()[:count] == expected[:count]
-    assert "".join(data._pieces(documents[-1])) == documents[-1]
+    assert "".join(data.pieces(documents[-1])) == documents[-1]
 
 
 def test_reading_stops_when_there_is_enough(

@@ -226,8 +226,11 @@ def header(path):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_parses_and_says_how_to_run_it(path):
     assert load_study(path).name == path.stem
-    table = "python studies/ground_truth/table.py"
-    command = table if path.parent.name == "ground_truth" else "mohawk-nas search"
+    commands = {
+        "ground_truth": "python studies/ground_truth/table.py",
+        "recipes": "mohawk-nas distill",
+    }
+    command = commands.get(path.parent.name, "mohawk-nas search")
     assert f"{command} {path.relative_to(ROOT)}" in header(path)
     assert re.search(r"^# Needs: +\S", header(path), re.MULTILINE)
 

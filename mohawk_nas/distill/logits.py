@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import torch
 
 from mohawk_nas.config import LogitsConfig
-from mohawk_nas.data import BlockOrder, TokenBlocks
+from mohawk_nas.data import TokenBlocks, TrainingBatches, TrainingText
 from mohawk_nas.distill.checkpoints import Checkpoints
 from mohawk_nas.distill.logits_trainer import LogitsTrainer, trainable_parameters
 from mohawk_nas.distill.optimizer import learning_rate
@@ -62,7 +62,7 @@ def distill_logits(
     student: Any,
     *,
     undistilled: Any = None,
-    train: TokenBlocks,
+    train: TrainingText,
     validation: TokenBlocks,
     config: LogitsConfig,
     folder: Path,
@@ -102,20 +102,24 @@ def distill_logits(
         DamagedFile: What an interrupted run left cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # Blocks of a step are those of all ranks together.
+    share = config.batch_size // num_ranks()
+    text = train.batches(batch_size=share, seed=seed * 16 + 2, rank=rank(), world=num_ranks())
     trainer = make_trainer(teacher, student, config, mode)
     try:
         with _own_random_numbers(teacher, seed):
             return _distill(
                 trainer,
                 undistilled,
-                train=train,
+                text=text,
+                block_size=train.block_size,
                 validation=validation,
                 folder=folder,
-                seed=seed,
                 reporter=reporter,
                 board=Board(folder / "tensorboard") if tensorboard and rank() == 0 else None,
             )
     finally:
+        text.close()
         trainer.release()
 
 
@@ -123,17 +127,15 @@ def _distill(
     trainer: LogitsTrainer,
     undistilled: Any,
     *,
-    train: TokenBlocks,
+    text: TrainingBatches,
+    block_size: int,
     validation: TokenBlocks,
     folder: Path,
-    seed: int,
     reporter: Reporter,
     board: Board | None,
 ) -> LogitsResult:
     config, student = trainer.config, trainer.students[0]
-    block_size = train.tokens.shape[1]
     steps = num_steps(config, block_size) // config.accumulate
-    order = BlockOrder(len(train), batch_size=config.batch_size, seed=seed * 16 + 2)
     checkpoints, best = Checkpoints(folder), folder / "best.safetensors"
 
     def evaluate(model: Any) -> BlockFigures:
@@ -157,7 +159,9 @@ def _distill(
             raise DamagedFile(f"{best}: must hold the best weights so far, but is not there")
         # Told now, rather than when training has ended.
         load_tensors(best)
-        progress = _Progress(**checkpoints.restore(checkpoint, trainer))
+        kept = checkpoints.restore(checkpoint, trainer)
+        text.load_state_dict(kept.pop("text"))
+        progress = _Progress(**kept)
         reporter.say(f"continuing after step {progress.step} of {steps}")
     else:
         keep()
@@ -172,13 +176,7 @@ def _distill(
         looked, rates = time.perf_counter(), []
         while progress.step < steps:
             rates.append(learning_rate(config, progress.step, steps))
-            first = progress.step * config.accumulate
-            # Blocks of a step are those of all ranks together.
-            shares = [
-                order.indices(first + i).view(num_ranks(), -1)[rank()]
-                for i in range(config.accumulate)
-            ]
-            trainer.step([train.batch(share) for share in shares], rates[-1])
+            trainer.step([text.next() for _ in range(config.accumulate)], rates[-1])
             progress.step += 1
             last = progress.step == steps
             validates = last or progress.step % config.validate_steps == 0
@@ -204,7 +202,8 @@ def _distill(
             if board is not None:
                 board.add(entries)
             if saves or stops:
-                checkpoints.save(trainer, vars(progress))
+                # The same on every rank.
+                checkpoints.save(trainer, vars(progress) | {"text": text.state_dict()})
             if stops and not last:
                 name = request.signal.name if request.signal else "a signal to another process"
                 raise told_once(

@@ -13,16 +13,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mohawk_nas.capture import LayerCapture
 from mohawk_nas.config import MatrixConfig, StageConfig
-from mohawk_nas.data import BlockOrder, TokenBlocks
+from mohawk_nas.data import TrainingBatches, TrainingText
 from mohawk_nas.distill.graph import RecordedStep
 from mohawk_nas.distill.hidden import hidden_loss
 from mohawk_nas.distill.matrix import matrix_loss
@@ -76,6 +76,8 @@ class LayerJob:
     loss_sum: float = 0.0
     loss_count: int = 0
     optimizer: ClippedAdamW | None = None
+    text: Mapping[str, Any] | None = None
+    """Where its text goes on, if it stands within a stage."""
 
     @property
     def name(self) -> str:
@@ -205,7 +207,7 @@ class LayerTrainer:
 def train_layers(
     teacher: Teacher,
     jobs: Sequence[LayerJob],
-    blocks: TokenBlocks,
+    text: TrainingText,
     stages: Sequence[Stage],
     *,
     seed: int,
@@ -218,9 +220,9 @@ def train_layers(
     Args:
         teacher: Frozen; run once a batch for all candidates.
         jobs: All at the same step. Their mixers are trained in place.
-        blocks: Text to train on.
+        text: To train on.
         stages: In order; each restarts optimizer and schedule.
-        seed: Of the order of the blocks.
+        seed: Of the order of the text.
         reporter: Shown the mean loss as it goes.
         save: Called with each unfinished job every ``save_every`` steps.
         save_every: 0 never saves.
@@ -232,7 +234,7 @@ def train_layers(
         reporter.say(
             "the first step compiles and tunes kernels: a minute or two on a new machine, then kept"
         )
-    block_size = blocks.tokens.shape[1]
+    block_size = text.block_size
     (done,) = {job.step for job in jobs}
     first = 0
     for number, stage in enumerate(stages):
@@ -240,10 +242,12 @@ def train_layers(
         last = first + steps
         if done < last:
             # Each stage reads the text in an order of its own.
-            order = BlockOrder(
-                len(blocks), batch_size=stage.config.batch_size, seed=seed * 16 + number
-            )
+            batches = text.batches(batch_size=stage.config.batch_size, seed=seed * 16 + number)
             began = max(0, done - first)
+            if began:
+                # They stand at one step, so in one place.
+                assert jobs[0].text is not None
+                batches.load_state_dict(jobs[0].text)
             with reporter.stage(
                 f"stage {STAGE_NUMBERS[stage.name]} ({stage.name})",
                 total=steps,
@@ -256,36 +260,37 @@ def train_layers(
                 try:
                     _train_stage(
                         trainer,
-                        blocks,
-                        order,
+                        batches,
                         range(began, steps),
+                        block_size=block_size,
                         task=task,
                         save=save,
                         saves_at={s - first for s in range(save_every, until, save_every or until)},
                     )
                 finally:
+                    batches.close()
                     trainer.release()
             for job in jobs:
-                job.optimizer = None
+                job.optimizer = job.text = None
         first = last
 
 
 def _train_stage(
     trainer: LayerTrainer,
-    blocks: TokenBlocks,
-    order: BlockOrder,
+    batches: TrainingBatches,
     steps: range,
     *,
+    block_size: int,
     task: Task,
     save: Callable[[LayerJob], None] | None,
     saves_at: Collection[int],
 ) -> None:
-    stage, block_size = trainer.stage, blocks.tokens.shape[1]
+    stage = trainer.stage
     size = stage.config.batch_size * block_size
     looked = time.perf_counter()
     for step in steps:
         rate = learning_rate(stage.config, step, steps.stop)
-        trainer.step(blocks.batch(order.indices(step)), rate)
+        trainer.step(batches.next(), rate)
         finished = step + 1
         ends = finished == steps.stop
         # Powers of two keep the curve short whatever the budget is.
@@ -306,7 +311,9 @@ def _train_stage(
         if enters:
             trainer.close_entry(finished * size)
         if saves and save is not None:
+            position = batches.state_dict()
             for job in trainer.jobs:
+                job.text = None if ends else position
                 save(job)
 
 

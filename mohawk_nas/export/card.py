@@ -124,7 +124,7 @@ def model_card(
         "layout": f"`{layout.strip(symbols)}` ({legend})",
         "layers that keep attention (counted from 0)": kept,
         "teacher": f"{origin} (fingerprint `{fingerprint}`)",
-        "text": ", ".join(map(_name, study.data.source)),
+        "text": ", ".join(map(_name, study.data.names)),
         **_token_rows(study, result),
         "weights on disk": dtype,
         "made with": ", ".join(f"{name} {version}" for name, version in versions.items()),

@@ -70,7 +70,7 @@ def export_folder(
         "attention_layers": list(layout.attention_layers),
         "teacher": {
             "source": best.study.teacher.source,
-            "fingerprint": best.teacher_fingerprint,
+            "fingerprint": result["teacher"],
         },
         "scores": result["scores"],
         "distillation": result,
@@ -87,7 +87,7 @@ def export_folder(
         result,
         licence,
         evaluation=read_evaluation(target.best.parent, layout),
-        fingerprint=best.teacher_fingerprint,
+        fingerprint=result["teacher"],
         dtype=dtype,
         standalone=standalone,
     )

@@ -16,6 +16,7 @@ from mohawk_nas.audit import AuditReport
 from mohawk_nas.config import FIGURES, StudyConfig
 from mohawk_nas.distill.logits import LogitsResult
 from mohawk_nas.evaluate import Evaluation
+from mohawk_nas.forecast import Forecast
 from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import Figure
 from mohawk_nas.mixer import MIXERS
@@ -39,6 +40,7 @@ __all__ = [
     "show_distillation",
     "show_evaluation",
     "show_export",
+    "show_forecast",
     "show_names",
     "show_placement",
     "show_plan",
@@ -130,6 +132,62 @@ def show_plan(config: StudyConfig, plan: Plan) -> None:
         times.add_row(phase, f"{plan.flops[phase]:.2e}", _duration(seconds))
     _OUT.print(times)
     _say("A real run takes a few times as long: no phase is a matrix product alone.")
+
+
+def show_forecast(config: StudyConfig, forecast: Forecast) -> None:
+    """What a full distillation would take."""
+    table = _table(f"Distillation of {config.name}: nothing has been run")
+    table.add_column("what", no_wrap=True)
+    table.add_column("how much")
+    table.add_row("layout", forecast.strip)
+    table.add_row("teacher", f"{forecast.teacher_params:,} parameters, {forecast.dtype}")
+    table.add_row(
+        "student",
+        f"{forecast.student_params:,} parameters, {forecast.mixer_params:,} of them in the mixers "
+        f"of {forecast.replaced} layers; stage 3 trains {forecast.trained_params:,}",
+    )
+    for name, stage in forecast.stages.items():
+        table.add_row(
+            f"stage {name}",
+            f"{stage.tokens:,} tokens, {stage.steps:,} steps of {stage.tokens_a_step:,}",
+        )
+    _OUT.print(table)
+
+    memory = _table("Memory a GPU, counted (working memory comes on top)")
+    memory.add_column("stage, part")
+    memory.add_column("size", justify="right", no_wrap=True)
+    for name, stage in forecast.stages.items():
+        memory.add_row(f"stage {name}", _bytes(sum(stage.memory.values())), style="bold")
+        for part, size in stage.memory.items():
+            memory.add_row(f"  {part}", _bytes(size))
+        for part, size in stage.options.items():
+            memory.add_row(f"  instead: {part}", _bytes(size))
+    _OUT.print(memory)
+    _say(
+        "What backward passes need is what autograd keeps of a forward pass on the meta device, by "
+        "the mixers' plain paths; kernels keep less."
+    )
+
+    times = _table(
+        f"Least time on {forecast.gpus} GPU{'s' if forecast.gpus > 1 else ''}, assuming "
+        f"{forecast.utilisation:.0%} of {forecast.peak / 1e12:,g} TFLOP/s"
+    )
+    times.add_column("stage", no_wrap=True, min_width=44)
+    times.add_column("operations", justify="right")
+    times.add_column("time", justify="right")
+    for name, stage in forecast.stages.items():
+        times.add_row(name, f"{stage.flops:.2e}", _long_duration(stage.seconds))
+    total = sum(stage.seconds for stage in forecast.stages.values())
+    times.add_row("all", "", _long_duration(total), style="bold")
+    _OUT.print(times)
+
+    disk = _table("Disk")
+    disk.add_column("what")
+    disk.add_column("size", justify="right", no_wrap=True)
+    for what, size in forecast.disk.items():
+        disk.add_row(what, _bytes(size))
+    disk.add_row("all", _bytes(sum(forecast.disk.values())), style="bold")
+    _OUT.print(disk)
 
 
 def show_audit(report: AuditReport, *, files: Sequence[Path]) -> None:
@@ -308,6 +366,12 @@ def _duration(seconds: float) -> str:
     if seconds < 1:
         return "under 1 s"
     return f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
+
+
+def _long_duration(seconds: float) -> str:
+    if seconds < 2 * 3600:
+        return _duration(seconds)
+    return f"{seconds / 3600:,.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"
 
 
 def _table(title: str) -> Table:

@@ -1,0 +1,296 @@
+"""What a full distillation takes, before anything is run: memory, operations, disk.
+
+Nothing but the teacher's ``config.json`` is read. Teacher and student stand on the meta device,
+where the student's forward pass is run to count what autograd keeps of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mohawk_nas.config import StudyConfig
+from mohawk_nas.distill.logits import trainable_parameters
+from mohawk_nas.distill.trainer import num_steps
+from mohawk_nas.errors import ConfigError
+from mohawk_nas.layout import Layout
+from mohawk_nas.metrics import HEAD_VALUES, body
+from mohawk_nas.mixer import Mixer
+from mohawk_nas.plan import count_work, find_problems
+from mohawk_nas.search.space import load_space
+from mohawk_nas.student import install_mixers
+from mohawk_nas.teacher import Teacher, load_teacher
+
+__all__ = ["Forecast", "StageForecast", "make_forecast"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageForecast:
+    """One stage of a full distillation."""
+
+    tokens: int
+    steps: int
+    tokens_a_step: int
+    flops: float
+    """Of all GPUs together."""
+    seconds: float
+    """At the rate that is assumed."""
+    memory: dict[str, int]
+    """Part -> bytes a GPU, at the same time."""
+    options: dict[str, int]
+    """What else a part may be, by how -> bytes a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What a full distillation of one layout takes."""
+
+    strip: str
+    teacher_params: int
+    student_params: int
+    trained_params: int
+    """In stage 3."""
+    replaced: int
+    """Layers with another mixer."""
+    mixer_params: int
+    """Of all of these together."""
+    stages: dict[str, StageForecast]
+    """Name -> those that have tokens."""
+    disk: dict[str, int]
+    """What is written -> bytes."""
+    dtype: str
+    gpus: int
+    peak: float
+    """Operations a second of one GPU, as assumed."""
+    utilisation: float
+    """Share of it, as assumed."""
+
+
+def make_forecast(
+    config: StudyConfig, layout: Layout, *, gpus: int, peak: float, utilisation: float
+) -> Forecast:
+    """Count what distilling a layout in full takes.
+
+    Args:
+        config: The study.
+        layout: The student's.
+        gpus: Among which layers (stages 1 and 2) and text (stage 3) are divided.
+        peak: Operations a second of one of them.
+        utilisation: Share of it that is reached.
+
+    Raises:
+        ConfigError: Every problem of the study.
+        LayoutError: The layout is not of the study's space.
+    """
+    if problems := find_problems(config):
+        raise ConfigError(problems)
+    teacher = load_teacher(config.teacher, meta=True)
+    space = load_space(config.space, num_layers=teacher.num_layers)
+    space.check(layout)
+    # A plan is for the machine that will run it, which seldom is this one.
+    name = "bfloat16" if config.teacher.dtype == "auto" else config.teacher.dtype
+    dtype = getattr(torch, name)
+    distill, length = config.distill, config.data.block_size
+    names = [layout[i] for i in layout.replaced_layers]
+    with torch.device("meta"):
+        mixers = {
+            i: space.candidates[layout[i]].build(teacher.views[i]) for i in layout.replaced_layers
+        }
+    teacher_params = _count(teacher.model.parameters())
+    # Layers of one model differ in nothing that matters here.
+    kinds = {layout[i]: mixer for i, mixer in mixers.items()}
+    kept_by_mixer = [_saved_by_mixer(mixer, length, teacher, dtype) for mixer in kinds.values()]
+    mixer_params = sum(_count(mixer.parameters()) for mixer in mixers.values())
+    stock_params = teacher_params - sum(
+        _count(teacher.views[i].module.parameters()) for i in mixers
+    )
+    work = count_work(teacher, [space.candidates[n] for n in names], length)
+    student = load_teacher(config.teacher, meta=True)
+    install_mixers(student.model, dict(mixers), student.slots)
+    trained = trainable_parameters(student.model, distill.logits.trainable)
+    trained_mixers = sum(_count(mixer.parameters()) for mixer in mixers.values())
+    trained_stock = _count(trained.values()) - trained_mixers
+    whole, by_layers = _saved_by_student(student, trained, length, dtype)
+
+    element, width = dtype.itemsize, teacher.views[0].d_model
+    held_teacher = {"teacher's weights": teacher_params * element}
+    rate = gpus * peak * utilisation
+    stages: dict[str, StageForecast] = {}
+    share = -(-len(names) // gpus) / max(1, len(names))
+    layer_values = max(_count(_layer(student, i).parameters()) for i in range(len(layout))) // width
+    for stage, settings, extra in (
+        ("1 (matrix)", distill.matrix, work.matrices),
+        ("2 (hidden)", distill.hidden, 0.0),
+    ):
+        if not settings.tokens or (stage.startswith("1") and distill.start == "bank"):
+            continue
+        at_once = settings.batch_size * length
+        # Each GPU runs the teacher over all of the text for its own layers.
+        flops = settings.tokens * (gpus * work.forward + 3 * work.mixers + extra)
+        stages[stage] = StageForecast(
+            tokens=settings.tokens,
+            steps=num_steps(settings, length),
+            tokens_a_step=at_once,
+            flops=flops,
+            seconds=settings.tokens
+            * (work.forward + share * (3 * work.mixers + extra))
+            / (peak * utilisation),
+            memory={
+                **held_teacher,
+                # Weights, gradients and two moments, in float32.
+                "mixers in training": int(16 * mixer_params * share),
+                "what one mixer's backward pass needs": settings.batch_size
+                * max(kept_by_mixer, default=0),
+                # All that a layer's projections put out.
+                "the teacher's running layer": at_once * layer_values * element,
+            },
+            options={},
+        )
+    logits = distill.logits
+    if logits.tokens:
+        student_forward = work.forward + work.mixers - len(names) * work.attention
+        total = work.forward + work.head + 3 * (student_forward + work.head)
+        low = dtype == torch.bfloat16
+        # Beside a bfloat16 teacher: weights and gradients in both types, two moments in float32.
+        states = trained_mixers * 16 + trained_stock * (20 if low else 16)
+        states += (stock_params - trained_stock) * (2 if low else 4)
+        head = 4 * 4 * min(HEAD_VALUES["cuda"], logits.batch_size * length * teacher.vocab_size)
+        stages["3 (logits)"] = StageForecast(
+            tokens=logits.tokens,
+            steps=num_steps(logits, length) // logits.accumulate,
+            tokens_a_step=logits.batch_size * logits.accumulate * length,
+            flops=logits.tokens * total,
+            seconds=logits.tokens * total / rate,
+            memory={
+                **held_teacher,
+                "student: weights, masters, gradients, moments": states,
+                "what the backward pass needs": logits.batch_size * whole,
+                "logits and their gradients, a piece at a time": head,
+            },
+            options={
+                "the backward pass with every layer checkpointed": logits.batch_size * by_layers,
+                **(
+                    {f"the student sharded over {gpus} GPUs": -(-states // gpus)}
+                    if gpus > 1
+                    else {}
+                ),
+            },
+        )
+    return Forecast(
+        strip=layout.strip(space.symbols),
+        teacher_params=teacher_params,
+        student_params=stock_params + mixer_params,
+        trained_params=_count(trained.values()),
+        replaced=len(names),
+        mixer_params=mixer_params,
+        stages=stages,
+        disk=_disk(config, mixer_params, stock_params, _count(trained.values())),
+        dtype=name,
+        gpus=gpus,
+        peak=peak,
+        utilisation=utilisation,
+    )
+
+
+def _disk(config: StudyConfig, mixers: int, stock: int, trained: int) -> dict[str, int]:
+    distill, data = config.distill, config.data
+    held_out = config.search.tokens + data.validation_tokens + data.test_tokens
+    bank = max(config.bank.matrix.tokens, config.bank.hidden.tokens)
+    text = max(distill.matrix.tokens, distill.hidden.tokens, distill.logits.tokens)
+    scratch = distill.start == "scratch" and distill.matrix.tokens
+    return {
+        # In float32, with two moments.
+        **(
+            {"mixers of stages 1 and 2, unfinished": 12 * mixers}
+            if distill.hidden.tokens or scratch
+            else {}
+        ),
+        # In float32; written beside the last one, which then goes.
+        "checkpoint of stage 3: weights and two moments, twice while it is written": 24 * trained,
+        "best weights of stage 3": 4 * trained,
+        "the student": 4 * (mixers + stock),
+        "token cache": 4 * (held_out + bank + (0 if data.streaming else text)),
+    }
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _layer(teacher: Teacher, number: int) -> nn.Module:
+    """The decoder layer that holds a slot."""
+    return teacher.model.get_submodule(teacher.slots[number].parent)  # type: ignore[no-any-return]
+
+
+def _saved_by_mixer(mixer: Mixer, length: int, teacher: Teacher, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps of one block in one mixer."""
+    mixer.to(dtype)
+    hidden = torch.zeros(1, length, teacher.views[0].d_model, dtype=dtype, device="meta")
+    return sum(_saved(lambda: mixer(hidden), mixer.parameters()))
+
+
+def _saved_by_student(
+    student: Teacher, trained: dict[str, nn.Parameter], length: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Bytes that autograd keeps of one block: of all layers, or of inputs and the largest layer."""
+    model = student.model.to(dtype)
+    model.requires_grad_(False)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
+    # Attention's kernels keep no matrix of a head, but there are no kernels on the meta device.
+    matrices = student.views[0].num_heads * length * length
+    marks: list[int] = []
+    saved: list[int] = []
+    handles = [
+        _layer(student, i).register_forward_pre_hook(lambda *_: marks.append(len(saved)))
+        for i in range(student.num_layers)
+    ]
+    try:
+        _saved(lambda: body(model, tokens), model.parameters(), into=saved, matrices=matrices)
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers = [
+        sum(saved[start:end]) for start, end in zip(marks, [*marks[1:], len(saved)], strict=True)
+    ]
+    inputs = student.num_layers * length * student.views[0].d_model * dtype.itemsize
+    return sum(saved), inputs + max(layers)
+
+
+def _saved(
+    run: Callable[[], Any],
+    parameters: Iterable[nn.Parameter],
+    *,
+    into: list[int] | None = None,
+    matrices: int | None = None,
+) -> Sequence[int]:
+    """Bytes of each tensor that autograd keeps of a run on the meta device, in order.
+
+    Args:
+        run: What is run.
+        parameters: Not counted.
+        into: Filled as it runs.
+        matrices: Square matrices of so many entries in all are not counted, either.
+    """
+    sizes: list[int] = [] if into is None else into
+    held: list[Tensor] = []
+    seen = {parameter.untyped_storage()._cdata for parameter in parameters}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        left_out = tensor.numel() == matrices and tensor.shape[-1] == tensor.shape[-2]
+        if storage._cdata not in seen and not left_out:
+            seen.add(storage._cdata)
+            sizes.append(storage.nbytes())
+            # Kept, or the next storage might get its address.
+            held.append(tensor)
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sizes
