@@ -154,7 +154,17 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     path, _ = study
     out, report, missing = (tmp_path / name for name in ("tiny.jsonl", "r.json", "missing.txt"))
     assert table.main([str(path), "--out", str(out), "--distil", "6"]) == 0
-    options = ["--strategies", "random", "swap_one", "--seeds", "3", "--out", str(report)]
+    options = [
+        "--strategies",
+        "random",
+        "swap_one",
+        "--seeds",
+        "3",
+        "--out",
+        str(report),
+        "--workers",
+        "1",
+    ]
     regret.main([str(out), *options, "--missing", str(missing)])
     (outcome,) = json.loads(report.read_text(encoding="utf-8"))["outcomes"]
     rows = {row["strategy"]: row for row in outcome["rows"]}

@@ -21,11 +21,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +52,7 @@ from mohawk_nas.search.strategy import Selector, build_strategy
 from mohawk_nas.search.study import run_study
 
 Array = npt.NDArray[np.float64]
+Mapped = Callable[..., Iterable[Any]]
 
 STRATEGIES = (
     "random",
@@ -201,6 +206,37 @@ class Picks:
     picks: Sequence[str]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What one study scored, in order."""
+
+    trials: Sequence[tuple[float, str]]
+    """Value and layout."""
+    probes: int
+
+    def pick(self, step: int) -> str:
+        """The best of the first so many."""
+        return min(self.trials[:step], key=lambda trial: trial[0])[1]
+
+
+@contextmanager
+def _mapped(workers: int) -> Iterator[Mapped]:
+    """``map``, over processes if there are several."""
+    if workers == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        yield pool.map
+
+
+def _run(
+    table: GroundTruth, objective: Mapping[str, float], search: Mapping[str, Any], seed: int
+) -> _Run:
+    result = table.study(objective, seed=seed, **search)
+    trials = sorted(result.trials, key=lambda trial: trial.number)
+    return _Run([(t.value, _name(t.layout)) for t in trials], len(result.probes))
+
+
 def _truths(distilled: Sequence[Mapping[str, Any]], *, complete: bool) -> list[Truth]:
     if not distilled:
         raise DataError("the table must hold distilled layouts, but has none")
@@ -240,7 +276,13 @@ def _drawn_by_chance(
 
 
 def replay(
-    table: GroundTruth, objective: Mapping[str, float], choice: Any, *, seeds: int, most: int
+    table: GroundTruth,
+    objective: Mapping[str, float],
+    choice: Any,
+    *,
+    seeds: int,
+    most: int,
+    run_all: Mapped,
 ) -> list[Picks]:
     """A strategy's picks after each of AFTER, a selector's at its end."""
     strategy = build_strategy(choice)
@@ -251,36 +293,29 @@ def replay(
         return [Picks(strategy.label, len(looked), [_name(result.best.layout)])]
     # One short of the whole space, which a study would enumerate instead.
     steps = sorted({min(step, most, possible - 1) for step in AFTER})
-    runs = [
-        table.study(objective, seed=seed, strategy=choice, trials=steps[-1], baselines=[]).trials
-        for seed in range(seeds)
-    ]
-    return [
-        Picks(
-            strategy.label,
-            step,
-            [_name(min(run[:step], key=lambda t: (t.value, t.number)).layout) for run in runs],
-        )
-        for step in steps
-    ]
+    search = {"strategy": choice, "trials": steps[-1], "baselines": []}
+    runs = list(run_all(partial(_run, table, objective, search), range(seeds)))
+    return [Picks(strategy.label, step, [run.pick(step) for run in runs]) for step in steps]
 
 
 def default_study(
-    table: GroundTruth, objective: Mapping[str, float], *, seeds: int, most: int
+    table: GroundTruth,
+    objective: Mapping[str, float],
+    *,
+    seeds: int,
+    most: int,
+    run_all: Mapped,
 ) -> list[Picks]:
     """A study's own baselines and then its strategy, as they come; probes are counted first."""
     # One short of the whole space, which a study would enumerate instead.
     most = min(most, table.budget.count(table.space) - 1)
-    runs = [table.study(objective, seed=seed, trials=most) for seed in range(seeds)]
+    runs = list(run_all(partial(_run, table, objective, {"trials": most}), range(seeds)))
     found: list[Picks] = []
     for step in sorted({min(step, most) for step in AFTER}):
-        picks, counts = [], []
-        for run in runs:
-            trials = run.trials[:step]
-            picks.append(_name(min(trials, key=lambda t: (t.value, t.number)).layout))
-            counts.append(len(run.probes) + len(trials))
+        counts = [run.probes + len(run.trials[:step]) for run in runs]
         # A study that has scored everything ends before.
         if not found or round(statistics.fmean(counts)) > found[-1].layouts:
+            picks = [run.pick(step) for run in runs]
             found.append(Picks("default study", round(statistics.fmean(counts)), picks))
     return found
 
@@ -354,6 +389,7 @@ def run(arguments: Sequence[str] | None) -> None:
     add("--strategies", nargs="*", default=STRATEGIES)
     add("--reference", default="default study", help="strategy to compare with, by its label")
     add("--seeds", type=int, default=10)
+    add("--workers", type=int, default=os.cpu_count(), help="processes; one a core")
     add("--most", type=int, default=max(AFTER), help="most layouts a strategy scores")
     add("--missing", type=Path, help="file for picks that are not distilled; of one table")
     add("--out", type=Path, help="regret.json beside the first table")
@@ -370,12 +406,14 @@ def run(arguments: Sequence[str] | None) -> None:
                     f"--by: {unknown[0]!r} must be a score of {path}, which has {', '.join(known)}"
                 )
             runs = [Picks("optimum", table.budget.count(table.space), [table.optimum(objective)])]
-            runs += default_study(table, objective, seeds=options.seeds, most=options.most)
-            for choice in map(yaml.safe_load, options.strategies):
-                try:
-                    runs += replay(table, objective, choice, seeds=options.seeds, most=options.most)
-                except (DataError, RunError, ConfigError) as e:
-                    console.print(f"{choice}: left out, {e}")
+            with _mapped(options.workers) as run_all:
+                how = {"seeds": options.seeds, "most": options.most, "run_all": run_all}
+                runs += default_study(table, objective, **how)
+                for choice in map(yaml.safe_load, options.strategies):
+                    try:
+                        runs += replay(table, objective, choice, **how)
+                    except (DataError, RunError, ConfigError) as e:
+                        console.print(f"{choice}: left out, {e}")
             for truth in table.truths:
                 missing |= dict.fromkeys(x for run in runs for x in run.picks)
                 missing = {x: None for x in missing if x not in truth.values}
