@@ -1,7 +1,8 @@
 """Text to blocks of tokens: read once, cut into disjoint splits, cached.
 
 Each document falls to one split by a hash of its name or text, so a document is never in two splits
-and never moves when files are added. Reading stops when every split has the tokens that are asked
+and never moves when files are added. The small splits take a part of each of many documents, as far
+as there are so many. Reading stops when every split has the tokens that are asked
 for. The parts of a mixture are packed each by itself, and their blocks take turns by the weights.
 
 What is trained on is a :class:`TrainingText`: these blocks, or a stream (``stream.py``).
@@ -64,8 +65,12 @@ _SETTINGS = {
     "validation": "data.validation_tokens",
     "test": "data.test_tokens",
 }
-_FORMAT = 1
+_FORMAT = 2
 """Raised when the same request would give other blocks than before."""
+
+_FEWEST_DOCUMENTS, _FEWEST_BLOCKS = 32, 2
+"""A small split is drawn from so many documents, but so many blocks of each: what a few long
+documents say of a layout does not hold for others, and pieces without context say little."""
 
 _PIECE_CHARS = 65_536
 _BATCH_CHARS = 524_288
@@ -473,8 +478,14 @@ class _Packer:
     """Tokens of one split, up to as many as are wanted."""
 
     wanted: int
+    share: int
+    """Most tokens of one document, as long as there are other documents."""
     num_tokens: int = 0
     num_documents: int = 0
+    of_document: int = 0
+    """Tokens of the document that was met last."""
+    left: list[list[int]] = field(default_factory=list)
+    """What documents hold beyond their share, of each as much as could be needed."""
     num_waiting: int = 0
     """Characters in the batch that is being gathered."""
     chunks: list[np.ndarray[Any, np.dtype[np.int32]]] = field(default_factory=list)
@@ -493,6 +504,25 @@ class _Packer:
         self.chunks.append(chunk)
         self.num_tokens += len(chunk)
         self.num_documents += documents
+
+    def take(self, tokens: list[int], *, starts: bool) -> list[int]:
+        """What a document may give of its next tokens; the rest is laid aside."""
+        if starts:
+            self.of_document = 0
+        taken = tokens[: max(0, self.share - self.of_document)]
+        if rest := tokens[len(taken) :]:
+            if self.of_document <= self.share:
+                self.left.append([])
+            self.left[-1] += rest[: self.wanted - len(self.left[-1])]
+        self.of_document += len(tokens)
+        return taken
+
+    def fill(self, separator: int) -> None:
+        """Take more of the documents, as much of each, since there are no others."""
+        while self.left and not self.is_full():
+            for rest in self.left:
+                self.add([separator, *rest[: self.share]], documents=0)
+            self.left = [rest[self.share :] for rest in self.left if rest[self.share :]]
 
     def blocks(self, block_size: int) -> Tensor:
         """``(num_blocks, block_size)``; a tail that fills no block is dropped."""
@@ -513,10 +543,19 @@ def _tokenise(
     tokenizer: PreTrainedTokenizerBase,
     *,
     separator: int,
+    block_size: int,
     wanted: Mapping[str, int],
 ) -> dict[str, _Packer]:
     """Read documents until every split has the tokens it wants, or there are no more."""
-    packers = {split: _Packer(wanted=tokens) for split, tokens in wanted.items()}
+    packers = {
+        split: _Packer(
+            wanted=tokens,
+            share=tokens
+            if split not in _PERCENT
+            else max(_FEWEST_BLOCKS * block_size, tokens // _FEWEST_DOCUMENTS),
+        )
+        for split, tokens in wanted.items()
+    }
     batch: list[_Piece] = []
     reported = time.monotonic()
     for document in documents if any(wanted.values()) else ():
@@ -545,6 +584,8 @@ def _tokenise(
             reported = time.monotonic()
             logger.info("data: tokens so far: %s", _progress(packers))
     _encode(batch, tokenizer, packers, separator=separator)
+    for packer in packers.values():
+        packer.fill(separator)
     return packers
 
 
@@ -569,7 +610,7 @@ def _encode(
             if piece.starts:
                 tokens.append(separator)
                 documents += 1
-            tokens += ids
+            tokens += packer.take(ids, starts=piece.starts)
         packer.add(tokens, documents=documents)
         packer.num_waiting = 0
 
@@ -631,7 +672,13 @@ def _make_cache(
     for number, part in enumerate(parts):
         wanted = {split: order.count(number) * block_size for split, order in orders.items()}
         with naming(part.where), part.corpus.reading() as reading:
-            packers = _tokenise(reading, tokenizer, separator=request["separator"], wanted=wanted)
+            packers = _tokenise(
+                reading,
+                tokenizer,
+                separator=request["separator"],
+                block_size=block_size,
+                wanted=wanted,
+            )
             logger.info("data: tokens: %s", _progress(packers))
             blocks = {split: packer.blocks(block_size) for split, packer in packers.items()}
             _check_enough(blocks, packers, part.corpus)

@@ -20,6 +20,7 @@ from tiny_study import make_study, make_teacher, make_text
 from mohawk_nas import pipeline
 from mohawk_nas.audit import audit
 from mohawk_nas.config import RungsConfig
+from mohawk_nas.data import load_blocks
 from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import ConfigError
 from mohawk_nas.layout import Layout
@@ -394,7 +395,7 @@ def distilled(config, layout, tokens):
     """The layout's KL on the validation split, by the pieces that a rung is made of."""
     bench = Workbench(config)
     needed = {"bank": max(tokens, 64), "validation": config.data.validation_tokens}
-    blocks = pipeline.load_blocks(config.data, bench.teacher.tokenizer, needed=needed)
+    blocks = load_blocks(config.data, bench.teacher.tokenizer, needed=needed)
     recipe = pipeline.dataclasses.replace(config.distill.logits, tokens=tokens)
     (kl,) = distil_layouts(
         bench.teacher,
