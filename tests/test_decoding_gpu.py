@@ -34,6 +34,7 @@ LARGE_ATTENTIONS = {
     "one sequence": {"heads": 32, "kv_heads": 32, "width": 64, "last": 8000, "length": 8192},
     "a group": {"heads": 32, "kv_heads": 8, "width": 64, "last": 5001, "length": 8192},
     "wide": {"heads": 8, "kv_heads": 8, "width": 128, "last": 700, "length": 1000},
+    "widest": {"heads": 8, "kv_heads": 8, "width": 256, "last": 700, "length": 1000},
     "wide groups": {"heads": 9, "kv_heads": 3, "width": 256, "last": 700, "length": 1000},
     "window": {"heads": 32, "kv_heads": 8, "width": 64, "last": 5001, "length": 8192, "window": 99},
     "many": {"heads": 32, "kv_heads": 32, "width": 64, "last": 900, "length": 1024, "batch": 48},
