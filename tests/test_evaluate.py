@@ -1,5 +1,6 @@
 """Tasks of lm-eval from local files, recall over length, and the record of an evaluation."""
 
+import copy
 import importlib.util
 import json
 import math
@@ -153,6 +154,17 @@ def test_likelihood_tasks_are_what_they_are_by_hand(bench, data):
     assert not found["lambada_openai perplexity"].higher_is_better
     assert suite.settings["items"] == {"lambada_openai": 5, "piqa": 5}
     assert suite.settings["local"] == ["lambada_openai", "piqa"]
+
+
+@torch.no_grad()
+def test_likelihoods_of_half_precision_are_added_in_float32(bench, data):
+    suite = TaskSuite(["lambada_openai"], data=data, limit=1)
+    teacher = bench.teacher
+    model = copy.deepcopy(teacher.model).bfloat16()
+    found = {f.name: f for f in suite.run(model, teacher.tokenizer, name="teacher")}
+    loss = math.log(found["lambada_openai perplexity"].value)
+    assert loss == pytest.approx(-log_likelihood(bench, f"{GOALS[0]} at", " dawn"), rel=0.05)
+    assert abs(torch.tensor(loss).bfloat16().item() - loss) > 1e-5 * loss
 
 
 def test_generation_tasks_of_ones_own(bench, data):
