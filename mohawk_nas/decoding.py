@@ -30,6 +30,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 
 from mohawk_nas.distill.graph import RecordedStep
+from mohawk_nas.errors import MixerError
 from mohawk_nas.kernels.decode_attention import (
     AttentionBackend,
     decode_attention,
@@ -438,32 +439,35 @@ def continue_tokens(
     """
     settings = model.generation_config
     unknown = settings.to_diff_dict().keys() - set(_KNOWN_SETTINGS.split())
-    if unknown or decode_obstacle(model) is not None:
-        sampling: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature:
-            sampling["temperature"] = temperature
-        return model.generate(  # type: ignore[no-any-return]
-            tokens,
-            attention_mask=mask.long(),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad_token_id,
-            **sampling,
-        )
-    decoder = Decoder(model, batch=tokens.shape[0], max_length=tokens.shape[1] + max_new_tokens)
-    try:
-        return sample(
-            decoder,
-            tokens,
-            mask=mask,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=DEFAULT_TOP_K if settings.top_k is None else settings.top_k,
-            top_p=settings.top_p,
-            eos_token_id=settings.eos_token_id,
-            pad_token_id=pad_token_id,
-        )
-    finally:
-        decoder.release()
+    if not unknown and decode_obstacle(model) is None:
+        decoder = Decoder(model, batch=tokens.shape[0], max_length=tokens.shape[1] + max_new_tokens)
+        try:
+            return sample(
+                decoder,
+                tokens,
+                mask=mask,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=DEFAULT_TOP_K if settings.top_k is None else settings.top_k,
+                top_p=settings.top_p,
+                eos_token_id=settings.eos_token_id,
+                pad_token_id=pad_token_id,
+            )
+        except MixerError:
+            # A state that grows with the text shows itself in the first step only.
+            pass
+        finally:
+            decoder.release()
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature:
+        sampling["temperature"] = temperature
+    return model.generate(  # type: ignore[no-any-return]
+        tokens,
+        attention_mask=mask.long(),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_token_id,
+        **sampling,
+    )
 
 
 class _Where:

@@ -331,6 +331,19 @@ def test_a_state_that_grows_is_refused():
         decoder.step(torch.zeros(3, dtype=torch.long))
 
 
+@torch.no_grad()
+def test_generate_goes_on_where_a_state_grows():
+    student = assemble(teacher_of("llama"), layout_of("AMMA"), GrowingMixers())
+    inputs = batch(padded=True)
+    found = continue_tokens(
+        student,
+        inputs["input_ids"],
+        mask=inputs["attention_mask"].bool(),
+        max_new_tokens=8,
+    )
+    assert torch.equal(found, student.generate(**inputs, max_new_tokens=8, do_sample=False))
+
+
 @pytest.mark.parametrize("norms", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize("d_conv", [1, 2, 4])
 @torch.no_grad()
@@ -415,6 +428,8 @@ ATTENTIONS = {
     "one key head": {"heads": 5, "kv_heads": 1},
     "odd width": {"heads": 2, "kv_heads": 2, "width": 12},
     "odd width, groups": {"heads": 4, "kv_heads": 2, "width": 12},
+    "widest": {"heads": 2, "kv_heads": 2, "width": 256},
+    "widest, groups": {"heads": 4, "kv_heads": 2, "width": 256},
     "window": {"heads": 3, "kv_heads": 3, "window": 9},
     "window of one": {"heads": 4, "kv_heads": 2, "window": 1},
     "one token": {"heads": 3, "kv_heads": 3, "last": 3},
