@@ -141,6 +141,12 @@ class Decoder:
         self._where = _Where(place=self._place, first=self._first)
         self._layers: list[_Attention | _Recurrent] = []
         self._model = self._prepared(model)
+        # What forward() does with a cache may follow a count in Python, which a recording keeps.
+        self._records = all(
+            type(layer.mixer).step is not Mixer.step
+            for layer in self._layers
+            if isinstance(layer, _Recurrent)
+        )
 
     @property
     def length(self) -> int:
@@ -211,7 +217,11 @@ class Decoder:
                 f"but {self._filled} are; prefill first, or make a longer decoder"
             )
         self._tokens.copy_(tokens.reshape(self.batch, 1), non_blocking=True)
-        self._recorded_step()()
+        reach = self._reach()
+        if self._records:
+            self._recorded_step(reach)()
+        else:
+            self._advance(reach)
         self._filled += 1
         if not self._stepped:
             self._stepped, self._begun = True, self._first >= 0
@@ -319,11 +329,13 @@ class Decoder:
         self._place.fill_(self._filled)
         return logits
 
-    def _recorded_step(self) -> RecordedStep:
+    def _reach(self) -> int:
         # The kernel reads how much is filled on the device; plain torch must be told beforehand.
-        reach = self.max_length
-        if self.backend == "torch":
-            reach = min(reach, -(-(self._filled + 1) // BUCKET) * BUCKET)
+        if self.backend == "triton":
+            return self.max_length
+        return min(self.max_length, -(-(self._filled + 1) // BUCKET) * BUCKET)
+
+    def _recorded_step(self, reach: int) -> RecordedStep:
         if reach not in self._steps:
             for step in self._steps.values():
                 step.release()

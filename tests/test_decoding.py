@@ -11,6 +11,7 @@ from test_student import FreshMixers, batch, layout_of, positions, student_of, t
 
 from mohawk_nas import decoding
 from mohawk_nas.decoding import Decoder, continue_tokens, decode_obstacle, sample
+from mohawk_nas.distill.graph import RecordedStep
 from mohawk_nas.errors import MixerError
 from mohawk_nas.kernels.decode_attention import decode_attention, pick_backend
 from mohawk_nas.layout import ATTENTION
@@ -320,6 +321,45 @@ def test_a_mixer_without_a_step_of_its_own_is_stepped_all_the_same(moving_averag
     inputs = batch(padded=True)
     expected = student.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert torch.equal(decode(student, inputs, prefill_tokens=9), expected)
+
+
+class Counting(Mixer):
+    """What it does follows the number of tokens that it has seen."""
+
+    values = readout = mixing_matrix = None
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, hidden, *, mask=None, cache=None):
+        seen = cache.num_tokens if cache is not None else 0
+        if cache is not None:
+            cache.tensors["last"] = hidden[:, -1]
+            cache.num_tokens += hidden.shape[1]
+        count = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)
+        return self.weight * hidden * torch.sin(count.to(hidden))[:, None]
+
+
+class CountingMixers:
+    def mixer(self, layer, candidate):
+        return Counting()
+
+
+class Recording(RecordedStep):
+    def __call__(self):
+        raise AssertionError("a recording does not count")
+
+
+@torch.no_grad()
+def test_what_counts_in_python_is_not_recorded(monkeypatch):
+    student = assemble(teacher_of("llama"), layout_of("AMMA"), CountingMixers())
+    inputs = batch(padded=False)
+    expected = student.generate(**inputs, max_new_tokens=8, do_sample=False)
+    monkeypatch.setattr(decoding, "RecordedStep", Recording)
+    assert torch.equal(decode(student, inputs), expected)
+    with pytest.raises(AssertionError, match="does not count"):
+        decode(student_of("llama", "AMMA"), inputs)
 
 
 def test_a_state_that_grows_is_refused():

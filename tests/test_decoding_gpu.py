@@ -5,6 +5,7 @@ import torch
 from test_decoding import (
     ATTENTIONS,
     STEPS,
+    CountingMixers,
     assert_small,
     attention_error,
     decoder_of,
@@ -103,6 +104,16 @@ def test_recorded_steps_are_plain_ones(pattern, dtype, monkeypatch):
         assert decoder.recorded == (plain_steps == 3)
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_what_counts_in_python_is_right_and_not_recorded():
+    student = assemble(teacher_of("llama"), layout_of("AMMA"), CountingMixers(), share=False).cuda()
+    inputs = {name: tensor.cuda() for name, tensor in batch(padded=False).items()}
+    expected = student.generate(**inputs, max_new_tokens=8, do_sample=False)
+    decoder = decoder_of(student)
+    assert torch.equal(sample(decoder, inputs["input_ids"], max_new_tokens=8), expected)
+    assert not decoder.recorded
 
 
 @pytest.mark.parametrize("padded", [False, True])
