@@ -470,6 +470,7 @@ ATTENTIONS = {
     "odd width, groups": {"heads": 4, "kv_heads": 2, "width": 12},
     "widest": {"heads": 2, "kv_heads": 2, "width": 256},
     "widest, groups": {"heads": 4, "kv_heads": 2, "width": 256},
+    "narrow values": {"heads": 4, "kv_heads": 2, "value_width": 6},
     "window": {"heads": 3, "kv_heads": 3, "window": 9},
     "window of one": {"heads": 4, "kv_heads": 2, "window": 1},
     "one token": {"heads": 3, "kv_heads": 3, "last": 3},
@@ -529,8 +530,8 @@ def exact_step(projected, conv, ssm, *, weight, bias, skip, sizes):
 
 
 def attention_error(
-    backend, *, heads, kv_heads, width=16, window=None, last=70, length=100, dtype=torch.float32,
-    device="cpu", batch=3,
+    backend, *, heads, kv_heads, width=16, value_width=None, window=None, last=70, length=100,
+    dtype=torch.float32, device="cpu", batch=3,
 ):  # fmt: skip
     """Relative to softmax over what is seen, in float64; what is not seen holds anything."""
     generator = torch.Generator().manual_seed(0)
@@ -540,7 +541,10 @@ def attention_error(
 
     query = 3 * normal(batch, heads, 1, width)
     # As a decoder's buffers are cut.
-    keys, values = (normal(batch, kv_heads, length + 9, width)[:, :, :length] for _ in range(2))
+    keys, values = (
+        normal(batch, kv_heads, length + 9, size)[:, :, :length]
+        for size in (width, value_width or width)
+    )
     first = torch.tensor([0, 3, min(21, last)] * (batch // 3), device=device)
     keys[:, :, last + 1 :] = 100.0
     values[:, :, last + 1 :] = 100.0
@@ -554,7 +558,7 @@ def attention_error(
         window=window,
         backend=backend,
     )
-    assert found.shape == query.shape and found.dtype == dtype
+    assert found.shape == (batch, heads, 1, value_width or width) and found.dtype == dtype
     worst = 0.0
     for row in range(batch):
         begin = max(int(first[row]), last + 1 - window if window else 0)
