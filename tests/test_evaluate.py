@@ -394,6 +394,14 @@ def test_layouts_are_distilled_in_full_and_evaluated(
     assert "| piqa |" in lines[0]
     assert any(line.startswith("|  | key-value, 150 | needle, 150 |") for line in lines)
 
+    # A layout that is named twice is one; a row goes by the names that are asked for.
+    mine = ",".join(map(str, kept["searched"]))
+    jobs = list(script.named(bench, ["none", "searched", mine]))
+    assert [job.chosen_as for job in jobs] == ["none", f"searched = {mine}"]
+    again = [*options[:2], "none", mine, *options[3:]]
+    assert script.main(again) == 0
+    assert any(line.startswith(f"| {mine} | ") for line in capsys.readouterr().out.splitlines())
+
     # What is there is not made again; another budget is.
     def never(*args, **kwargs):
         raise AssertionError("distilled again")
