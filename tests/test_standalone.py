@@ -250,6 +250,11 @@ class Mine(MixerConfig):
             "from mohawk_nas.config import load_study",
             r"mixer.py:3 .* imports load_study from mohawk_nas.config;",
         ),
+        (
+            "import importlib\ndef f():\n    return importlib.import_module('mohawk_nas.ranks')",
+            r"mixer.py:5 .* imports mohawk_nas.ranks by a call;",
+        ),
+        ("from importlib import import_module\nimport_module('math')", None),
         ("try:\n    import omegaconf\nexcept ImportError:\n    omegaconf = None", None),
         ("if TYPE_CHECKING:\n    from mohawk_nas.workbench import Workbench", None),
         ("import torch.nn, math\nfrom transformers import AutoConfig", None),
