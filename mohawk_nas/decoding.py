@@ -30,6 +30,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 
 from mohawk_nas.distill.graph import RecordedStep
+from mohawk_nas.errors import MixerError
 from mohawk_nas.kernels.decode_attention import (
     AttentionBackend,
     decode_attention,
@@ -140,6 +141,12 @@ class Decoder:
         self._where = _Where(place=self._place, first=self._first)
         self._layers: list[_Attention | _Recurrent] = []
         self._model = self._prepared(model)
+        # What forward() does with a cache may follow a count in Python, which a recording keeps.
+        self._records = all(
+            type(layer.mixer).step is not Mixer.step
+            for layer in self._layers
+            if isinstance(layer, _Recurrent)
+        )
 
     @property
     def length(self) -> int:
@@ -210,7 +217,11 @@ class Decoder:
                 f"but {self._filled} are; prefill first, or make a longer decoder"
             )
         self._tokens.copy_(tokens.reshape(self.batch, 1), non_blocking=True)
-        self._recorded_step()()
+        reach = self._reach()
+        if self._records:
+            self._recorded_step(reach)()
+        else:
+            self._advance(reach)
         self._filled += 1
         if not self._stepped:
             self._stepped, self._begun = True, self._first >= 0
@@ -318,11 +329,13 @@ class Decoder:
         self._place.fill_(self._filled)
         return logits
 
-    def _recorded_step(self) -> RecordedStep:
+    def _reach(self) -> int:
         # The kernel reads how much is filled on the device; plain torch must be told beforehand.
-        reach = self.max_length
-        if self.backend == "torch":
-            reach = min(reach, -(-(self._filled + 1) // BUCKET) * BUCKET)
+        if self.backend == "triton":
+            return self.max_length
+        return min(self.max_length, -(-(self._filled + 1) // BUCKET) * BUCKET)
+
+    def _recorded_step(self, reach: int) -> RecordedStep:
         if reach not in self._steps:
             for step in self._steps.values():
                 step.release()
@@ -438,32 +451,35 @@ def continue_tokens(
     """
     settings = model.generation_config
     unknown = settings.to_diff_dict().keys() - set(_KNOWN_SETTINGS.split())
-    if unknown or decode_obstacle(model) is not None:
-        sampling: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature:
-            sampling["temperature"] = temperature
-        return model.generate(  # type: ignore[no-any-return]
-            tokens,
-            attention_mask=mask.long(),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad_token_id,
-            **sampling,
-        )
-    decoder = Decoder(model, batch=tokens.shape[0], max_length=tokens.shape[1] + max_new_tokens)
-    try:
-        return sample(
-            decoder,
-            tokens,
-            mask=mask,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=DEFAULT_TOP_K if settings.top_k is None else settings.top_k,
-            top_p=settings.top_p,
-            eos_token_id=settings.eos_token_id,
-            pad_token_id=pad_token_id,
-        )
-    finally:
-        decoder.release()
+    if not unknown and decode_obstacle(model) is None:
+        decoder = Decoder(model, batch=tokens.shape[0], max_length=tokens.shape[1] + max_new_tokens)
+        try:
+            return sample(
+                decoder,
+                tokens,
+                mask=mask,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=DEFAULT_TOP_K if settings.top_k is None else settings.top_k,
+                top_p=settings.top_p,
+                eos_token_id=settings.eos_token_id,
+                pad_token_id=pad_token_id,
+            )
+        except MixerError:
+            # A state that grows with the text shows itself in the first step only.
+            pass
+        finally:
+            decoder.release()
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature:
+        sampling["temperature"] = temperature
+    return model.generate(  # type: ignore[no-any-return]
+        tokens,
+        attention_mask=mask.long(),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_token_id,
+        **sampling,
+    )
 
 
 class _Where:

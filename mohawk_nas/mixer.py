@@ -360,8 +360,9 @@ class Mixer(nn.Module, ABC):
     def step(self, hidden: Tensor, cache: MixerState) -> Tensor:
         """One token more, without padding, by a state whose tensors stay where they are in memory.
 
-        Calls may be recorded and replayed as a CUDA graph. A mixer that can change its state in
-        place overrides this: here it is computed anew and copied.
+        A mixer that can change its state in place overrides this. Its calls may then be recorded
+        and replayed as a CUDA graph, so they must not depend on what changes in Python. Here the
+        state is computed anew and copied, and nothing is recorded.
 
         Args:
             hidden: The layer's normalised input in the mixer's type, ``(B, 1, D)``.

@@ -112,6 +112,9 @@ class TaskSuite:
                 # The harness gives it a token to pad with.
                 tokenizer=copy.deepcopy(tokenizer),
                 batch_size=batch_size,
+                # Else the likelihoods of an answer's tokens are added in the model's type: bfloat16
+                # cannot tell answers apart that are half a nat from each other.
+                softmax_dtype="float32",
             )
             try:
                 found = lm_eval.simple_evaluate(

@@ -19,9 +19,10 @@ RESULT = {
 }
 
 
-def card(source, licence, **options):
+def card(source, licence, distill=None, **options):
     study = study_from_dict(
         {
+            "distill": distill or {},
             "name": "tiny",
             "teacher": {"source": str(source)},
             "data": {"source": ["/a/place/of/mine/text.jsonl", "wikitext"]},
@@ -58,6 +59,23 @@ def test_it_says_what_the_model_is_and_how_good_it_is():
     assert rows["layouts scored by the search"] == "20 of 220 possible ones"
     assert rows["weights on disk"] == "bfloat16" and rows["made with"] == "torch 2.6"
     assert "import mohawk_nas.export" in body and "trust_remote_code" not in body
+
+
+def test_another_teacher_of_stage_3_and_stages_from_scratch_are_told():
+    distill = {
+        "start": "scratch",
+        "matrix": {"tokens": 2048},
+        "hidden": {"tokens": 4096},
+        "teacher": {"source": "org/larger"},
+    }
+    _, body = card("org/name", Licence(metadata={"license": "mit"}), distill)
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", body, re.MULTILINE))
+    assert rows["teacher of stage 3"] == "org/larger"
+    assert rows["tokens of stage 1"] == "2,048"
+    assert not [name for name in rows if name.endswith("in the bank")]
+    # What the KL was to.
+    assert "validation KL to org/larger, distilled" in rows
+    assert "Stage 3 was taught by org/larger: look up what its licence" in body
 
 
 def test_one_that_stands_alone_says_so(tmp_path):

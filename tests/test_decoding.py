@@ -11,6 +11,7 @@ from test_student import FreshMixers, batch, layout_of, positions, student_of, t
 
 from mohawk_nas import decoding
 from mohawk_nas.decoding import Decoder, continue_tokens, decode_obstacle, sample
+from mohawk_nas.distill.graph import RecordedStep
 from mohawk_nas.errors import MixerError
 from mohawk_nas.kernels.decode_attention import decode_attention, pick_backend
 from mohawk_nas.layout import ATTENTION
@@ -322,6 +323,45 @@ def test_a_mixer_without_a_step_of_its_own_is_stepped_all_the_same(moving_averag
     assert torch.equal(decode(student, inputs, prefill_tokens=9), expected)
 
 
+class Counting(Mixer):
+    """What it does follows the number of tokens that it has seen."""
+
+    values = readout = mixing_matrix = None
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, hidden, *, mask=None, cache=None):
+        seen = cache.num_tokens if cache is not None else 0
+        if cache is not None:
+            cache.tensors["last"] = hidden[:, -1]
+            cache.num_tokens += hidden.shape[1]
+        count = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)
+        return self.weight * hidden * torch.sin(count.to(hidden))[:, None]
+
+
+class CountingMixers:
+    def mixer(self, layer, candidate):
+        return Counting()
+
+
+class Recording(RecordedStep):
+    def __call__(self):
+        raise AssertionError("a recording does not count")
+
+
+@torch.no_grad()
+def test_what_counts_in_python_is_not_recorded(monkeypatch):
+    student = assemble(teacher_of("llama"), layout_of("AMMA"), CountingMixers())
+    inputs = batch(padded=False)
+    expected = student.generate(**inputs, max_new_tokens=8, do_sample=False)
+    monkeypatch.setattr(decoding, "RecordedStep", Recording)
+    assert torch.equal(decode(student, inputs), expected)
+    with pytest.raises(AssertionError, match="does not count"):
+        decode(student_of("llama", "AMMA"), inputs)
+
+
 def test_a_state_that_grows_is_refused():
     decoder = decoder_of(assemble(teacher_of("llama"), layout_of("AMMA"), GrowingMixers()))
     decoder.prefill(batch(padded=False)["input_ids"])
@@ -329,6 +369,19 @@ def test_a_state_that_grows_is_refused():
         MixerError, match=r"a state of fixed size is needed .* `all` is now \(3, 10"
     ):
         decoder.step(torch.zeros(3, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_generate_goes_on_where_a_state_grows():
+    student = assemble(teacher_of("llama"), layout_of("AMMA"), GrowingMixers())
+    inputs = batch(padded=True)
+    found = continue_tokens(
+        student,
+        inputs["input_ids"],
+        mask=inputs["attention_mask"].bool(),
+        max_new_tokens=8,
+    )
+    assert torch.equal(found, student.generate(**inputs, max_new_tokens=8, do_sample=False))
 
 
 @pytest.mark.parametrize("norms", [False, True], ids=["plain", "normed"])
@@ -415,6 +468,9 @@ ATTENTIONS = {
     "one key head": {"heads": 5, "kv_heads": 1},
     "odd width": {"heads": 2, "kv_heads": 2, "width": 12},
     "odd width, groups": {"heads": 4, "kv_heads": 2, "width": 12},
+    "widest": {"heads": 2, "kv_heads": 2, "width": 256},
+    "widest, groups": {"heads": 4, "kv_heads": 2, "width": 256},
+    "narrow values": {"heads": 4, "kv_heads": 2, "value_width": 6},
     "window": {"heads": 3, "kv_heads": 3, "window": 9},
     "window of one": {"heads": 4, "kv_heads": 2, "window": 1},
     "one token": {"heads": 3, "kv_heads": 3, "last": 3},
@@ -474,8 +530,8 @@ def exact_step(projected, conv, ssm, *, weight, bias, skip, sizes):
 
 
 def attention_error(
-    backend, *, heads, kv_heads, width=16, window=None, last=70, length=100, dtype=torch.float32,
-    device="cpu", batch=3,
+    backend, *, heads, kv_heads, width=16, value_width=None, window=None, last=70, length=100,
+    dtype=torch.float32, device="cpu", batch=3,
 ):  # fmt: skip
     """Relative to softmax over what is seen, in float64; what is not seen holds anything."""
     generator = torch.Generator().manual_seed(0)
@@ -485,7 +541,10 @@ def attention_error(
 
     query = 3 * normal(batch, heads, 1, width)
     # As a decoder's buffers are cut.
-    keys, values = (normal(batch, kv_heads, length + 9, width)[:, :, :length] for _ in range(2))
+    keys, values = (
+        normal(batch, kv_heads, length + 9, size)[:, :, :length]
+        for size in (width, value_width or width)
+    )
     first = torch.tensor([0, 3, min(21, last)] * (batch // 3), device=device)
     keys[:, :, last + 1 :] = 100.0
     values[:, :, last + 1 :] = 100.0
@@ -499,7 +558,7 @@ def attention_error(
         window=window,
         backend=backend,
     )
-    assert found.shape == query.shape and found.dtype == dtype
+    assert found.shape == (batch, heads, 1, value_width or width) and found.dtype == dtype
     worst = 0.0
     for row in range(batch):
         begin = max(int(first[row]), last + 1 - window if window else 0)

@@ -5,6 +5,7 @@ import torch
 from test_decoding import (
     ATTENTIONS,
     STEPS,
+    CountingMixers,
     assert_small,
     attention_error,
     decoder_of,
@@ -34,6 +35,7 @@ LARGE_ATTENTIONS = {
     "one sequence": {"heads": 32, "kv_heads": 32, "width": 64, "last": 8000, "length": 8192},
     "a group": {"heads": 32, "kv_heads": 8, "width": 64, "last": 5001, "length": 8192},
     "wide": {"heads": 8, "kv_heads": 8, "width": 128, "last": 700, "length": 1000},
+    "widest": {"heads": 8, "kv_heads": 8, "width": 256, "last": 700, "length": 1000},
     "wide groups": {"heads": 9, "kv_heads": 3, "width": 256, "last": 700, "length": 1000},
     "window": {"heads": 32, "kv_heads": 8, "width": 64, "last": 5001, "length": 8192, "window": 99},
     "many": {"heads": 32, "kv_heads": 32, "width": 64, "last": 900, "length": 1024, "batch": 48},
@@ -102,6 +104,16 @@ def test_recorded_steps_are_plain_ones(pattern, dtype, monkeypatch):
         assert decoder.recorded == (plain_steps == 3)
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_what_counts_in_python_is_right_and_not_recorded():
+    student = assemble(teacher_of("llama"), layout_of("AMMA"), CountingMixers(), share=False).cuda()
+    inputs = {name: tensor.cuda() for name, tensor in batch(padded=False).items()}
+    expected = student.generate(**inputs, max_new_tokens=8, do_sample=False)
+    decoder = decoder_of(student)
+    assert torch.equal(sample(decoder, inputs["input_ids"], max_new_tokens=8), expected)
+    assert not decoder.recorded
 
 
 @pytest.mark.parametrize("padded", [False, True])

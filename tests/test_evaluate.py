@@ -1,5 +1,6 @@
 """Tasks of lm-eval from local files, recall over length, and the record of an evaluation."""
 
+import copy
 import importlib.util
 import json
 import math
@@ -153,6 +154,17 @@ def test_likelihood_tasks_are_what_they_are_by_hand(bench, data):
     assert not found["lambada_openai perplexity"].higher_is_better
     assert suite.settings["items"] == {"lambada_openai": 5, "piqa": 5}
     assert suite.settings["local"] == ["lambada_openai", "piqa"]
+
+
+@torch.no_grad()
+def test_likelihoods_of_half_precision_are_added_in_float32(bench, data):
+    suite = TaskSuite(["lambada_openai"], data=data, limit=1)
+    teacher = bench.teacher
+    model = copy.deepcopy(teacher.model).bfloat16()
+    found = {f.name: f for f in suite.run(model, teacher.tokenizer, name="teacher")}
+    loss = math.log(found["lambada_openai perplexity"].value)
+    assert loss == pytest.approx(-log_likelihood(bench, f"{GOALS[0]} at", " dawn"), rel=0.05)
+    assert abs(torch.tensor(loss).bfloat16().item() - loss) > 1e-5 * loss
 
 
 def test_generation_tasks_of_ones_own(bench, data):
@@ -381,6 +393,14 @@ def test_layouts_are_distilled_in_full_and_evaluated(
             assert f"{above['value']:+.4f} ± {above['standard_error']:.4f}" in line
     assert "| piqa |" in lines[0]
     assert any(line.startswith("|  | key-value, 150 | needle, 150 |") for line in lines)
+
+    # A layout that is named twice is one; a row goes by the names that are asked for.
+    mine = ",".join(map(str, kept["searched"]))
+    jobs = list(script.named(bench, ["none", "searched", mine]))
+    assert [job.chosen_as for job in jobs] == ["none", f"searched = {mine}"]
+    again = [*options[:2], "none", mine, *options[3:]]
+    assert script.main(again) == 0
+    assert any(line.startswith(f"| {mine} | ") for line in capsys.readouterr().out.splitlines())
 
     # What is there is not made again; another budget is.
     def never(*args, **kwargs):

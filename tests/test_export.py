@@ -67,6 +67,20 @@ def test_training_a_loaded_export_reaches_every_weight(bench, tmp_path):
     assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
+def test_a_vocabulary_can_grow(bench, tmp_path):
+    save(bench, tmp_path / "one", 0, 2)
+    model = load_hybrid(tmp_path / "one")
+    before = model(TOKENS).logits
+    model.resize_token_embeddings(4099, mean_resizing=False)
+    out = model(torch.cat([TOKENS, torch.full((2, 1), 4098)], 1), labels=torch.full((2, 22), 4097))
+    assert out.loss.isfinite()
+    assert (out.logits[:, :-1, :4096] - before).abs().max() <= 1e-5 * before.abs().max()
+    model.save_pretrained(tmp_path / "two")
+    again = load_hybrid(tmp_path / "two")
+    assert again.config.vocab_size == again.causal_lm.config.vocab_size == 4099
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
 def test_no_path_of_this_machine_is_written(bench, tmp_path):
     save(bench, tmp_path, 0, 2)
     assert bench.teacher.source not in (tmp_path / "config.json").read_text(encoding="utf-8")

@@ -32,6 +32,7 @@ from mohawk_nas.export.verify import verify_export
 from mohawk_nas.files import save_tensors
 from mohawk_nas.layout import Layout
 from mohawk_nas.mixer import MIXERS, build_mixer, mixer_config
+from mohawk_nas.mixers import _step
 from mohawk_nas.registry import load_plugin
 from mohawk_nas.student import install_mixers
 from mohawk_nas.teacher import find_attention
@@ -191,6 +192,35 @@ def test_an_installed_package_loads_it_with_its_own_code(export, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).layout == ["mamba2", "mamba2", "attention"]
 
 
+def test_kernels_go_along(export):
+    """Ours need a Triton, which is imported where it is and asked for nowhere."""
+    folder, _, _ = export
+    code = (
+        "import importlib, sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "sys.modules['mohawk_nas'] = None\n"
+        "found = importlib.import_module('kernels.mohawk_mixers__backends')._triton()\n"
+        "print(found.fused_step.__module__)\n"
+    )
+    packages = folder.with_name("packages")
+    shutil.copytree(folder, packages / "kernels", ignore=shutil.ignore_patterns("*.safetensors"))
+    (packages / "kernels/__init__.py").touch()
+    # As much of Triton as defining kernels takes.
+    (packages / "triton").mkdir()
+    (packages / "triton/__init__.py").write_text("def jit(kernel):\n    return kernel\n")
+    (packages / "triton/language.py").write_text("constexpr = int\n")
+    done = subprocess.run(
+        [sys.executable, "-c", code, packages], capture_output=True, text=True, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "kernels.mohawk_mixers__step_triton"
+    whole = Path(inspect.getfile(_step)).with_name("_step_triton.py").read_text(encoding="utf-8")
+    kernels = (folder / "mohawk_mixers__step_triton.py").read_text(encoding="utf-8")
+    for kernel in re.findall(r"@triton.jit\ndef .*?(?=\n\n\n)", whole, re.DOTALL):
+        assert kernel in kernels
+    assert kernels.count("@triton.jit") == whole.count("@triton.jit") > 0
+
+
 IMPORTS = """
 from __future__ import annotations
 from typing import TYPE_CHECKING
@@ -220,6 +250,11 @@ class Mine(MixerConfig):
             "from mohawk_nas.config import load_study",
             r"mixer.py:3 .* imports load_study from mohawk_nas.config;",
         ),
+        (
+            "import importlib\ndef f():\n    return importlib.import_module('mohawk_nas.ranks')",
+            r"mixer.py:5 .* imports mohawk_nas.ranks by a call;",
+        ),
+        ("from importlib import import_module\nimport_module('math')", None),
         ("try:\n    import omegaconf\nexcept ImportError:\n    omegaconf = None", None),
         ("if TYPE_CHECKING:\n    from mohawk_nas.workbench import Workbench", None),
         ("import torch.nn, math\nfrom transformers import AutoConfig", None),

@@ -101,6 +101,7 @@ def model_card(
         standalone: Whether the folder holds its own code.
     """
     teacher = study.teacher.source
+    guide = study.distill.teacher.source
     origin = _name(teacher)
     symbols = symbols_of(layout, candidates)
     legend = ", ".join(f"{symbol} = {name}" for name, symbol in symbols.items())
@@ -124,6 +125,7 @@ def model_card(
         "layout": f"`{layout.strip(symbols)}` ({legend})",
         "layers that keep attention (counted from 0)": kept,
         "teacher": f"{origin} (fingerprint `{fingerprint}`)",
+        **({"teacher of stage 3": _name(guide)} if guide else {}),
         "text": ", ".join(map(_name, study.data.names)),
         **_token_rows(study, result),
         "weights on disk": dtype,
@@ -137,14 +139,14 @@ def model_card(
         "arXiv 2408.10189).",
         _table(rows),
         "## Scores",
-        _table(_score_rows(result)),
+        _table(_score_rows(result, to=_name(guide) if guide else "the teacher")),
         *([] if evaluation is None else [_evaluation_table(evaluation)]),
         "## Mixers",
         "\n".join(_mixer_lines(candidates)) or "None: every layer keeps attention.",
         "## Loading it",
         _loading(standalone),
         "## Licence",
-        _licence_text(licence, origin, standalone),
+        _licence_text(licence, origin, standalone, taught_by=_name(guide)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -155,17 +157,19 @@ def _token_rows(study: StudyConfig, result: Mapping[str, Any]) -> dict[str, str]
     if study.distill.start == "bank":
         tokens = {"matrix": study.bank.matrix.tokens, "hidden": study.bank.hidden.tokens}
         rows = {f"tokens of {stages[s]}, in the bank": f"{n:,}" for s, n in tokens.items() if n}
+    elif study.distill.matrix.tokens:
+        rows["tokens of stage 1"] = f"{study.distill.matrix.tokens:,}"
     for stage, tokens in result["tokens"].items():
         if tokens:
             rows[f"tokens of {stages.get(stage, stage)}"] = f"{tokens:,}"
     return rows
 
 
-def _score_rows(result: Mapping[str, Any]) -> dict[str, str]:
+def _score_rows(result: Mapping[str, Any], *, to: str) -> dict[str, str]:
     kl, scores = result["validation_kl"], result["scores"]
     rows = {
-        "validation KL to the teacher, undistilled": f"{kl['before']:.4f} nats a token",
-        "validation KL to the teacher, distilled": f"{kl['after']:.4f} nats a token",
+        f"validation KL to {to}, undistilled": f"{kl['before']:.4f} nats a token",
+        f"validation KL to {to}, distilled": f"{kl['after']:.4f} nats a token",
     }
     for name, value in scores.get("objectives", {}).items():
         rows[f"search objective `{name}`, undistilled (lower is better)"] = f"{value:.4f}"
@@ -232,7 +236,7 @@ def _loading(standalone: bool) -> str:
     return alone if standalone else installed
 
 
-def _licence_text(licence: Licence, origin: str, standalone: bool) -> str:
+def _licence_text(licence: Licence, origin: str, standalone: bool, *, taught_by: str) -> str:
     said = licence.metadata.get("license_name") or licence.metadata.get("license")
     texts = ", ".join(f"[{text.name}]({text.name})" for text in licence.texts)
     applies = "The teacher's licence applies to these weights as it does to the teacher's"
@@ -245,6 +249,11 @@ def _licence_text(licence: Licence, origin: str, standalone: bool) -> str:
             f"{applies}. It was not found in the files of {origin} (front matter of README.md, "
             "config.json, metadata of the weights, files named LICENSE or NOTICE): look it up "
             "before you hand this folder on."
+        )
+    if taught_by:
+        text += (
+            f" Stage 3 was taught by {taught_by}: look up what its licence says of models that "
+            "learn from it."
         )
     if standalone:
         text += " The Python files are mohawk-nas's (Apache-2.0), except those named `plugin_*`."

@@ -108,6 +108,14 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def set_output_embeddings(self, value: Any) -> None:
         self.causal_lm.set_output_embeddings(value)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        resized = super().resize_token_embeddings(*args, **kwargs)
+        # Losses go by the stock model's number, and loading by the one that is written down.
+        teacher = self.config.teacher
+        teacher.get("text_config", teacher)["vocab_size"] = resized.num_embeddings
+        self.causal_lm.config.get_text_config().vocab_size = resized.num_embeddings
+        return resized
+
     def _init_weights(self, module: Any) -> None:
         # Only called for weights that no checkpoint holds; the parts know how they start.
         self.causal_lm._init_weights(module)

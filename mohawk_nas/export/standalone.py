@@ -226,6 +226,9 @@ class _Cut:
                 self.reach(module.name, name)
         else:
             statement.kept = True
+        for call, imported in _imports_by_call(statement.node):
+            if imported.startswith(".") or self.is_carried(imported):
+                raise _refusal(module, call, f"{imported} by a call")
         for node, guarded in _imports(statement.node):
             if isinstance(node, ast.Import):
                 for alias in node.names:
@@ -253,7 +256,7 @@ class _Cut:
             raise _refusal(module, node, imported)
 
 
-def _refusal(module: _Module, node: ast.stmt, imported: str) -> ExportError:
+def _refusal(module: _Module, node: ast.stmt | ast.expr, imported: str) -> ExportError:
     return ExportError(
         f"standalone: {module.path}:{node.lineno} must import from torch, transformers, the "
         "standard library, and what a mixer needs of its own package by name, but imports "
@@ -340,6 +343,18 @@ def _imports(
         yield node, guarded
     for inner in ast.iter_child_nodes(node):
         yield from _imports(inner, guarded or isinstance(node, ast.Try))
+
+
+def _imports_by_call(node: ast.AST) -> Iterator[tuple[ast.Call, str]]:
+    """Calls of ``importlib.import_module`` with a name that is written there, and the name."""
+    for call in ast.walk(node):
+        if not isinstance(call, ast.Call) or not call.args:
+            continue
+        if ast.unparse(call.func).rpartition(".")[2] != "import_module":
+            continue
+        name = call.args[0]
+        if isinstance(name, ast.Constant) and isinstance(name.value, str):
+            yield call, name.value
 
 
 def _rewritten(statement: _Statement, module: _Module, cut: _Cut) -> str:

@@ -20,7 +20,9 @@ from mohawk_nas.kernels._available import launching_on
 __all__ = ["split_attention"]
 
 BLOCK = 64
-"""Places that a program looks at at a time."""
+"""Places that a program looks at at a time, at most."""
+BLOCK_BYTES = 2**14
+"""Their keys. Two blocks of keys and values are fetched ahead; some GPUs have 99 KiB for them."""
 PROGRAMS = 1024
 """Programs that keep a GPU busy; shorter batches are split until there are so many."""
 MOST_SPLITS = 64
@@ -153,9 +155,10 @@ def split_attention(
     # Matrix products have 16 rows at least, and 16 columns.
     rows = 1 if group == 1 else max(16, triton.next_power_of_2(group))
     wide = wide if rows == 1 else max(16, wide)
+    block = min(BLOCK, BLOCK_BYTES // (wide * keys.element_size()))
     pairs = batch * kv_heads
     wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS, pairs))
-    splits = max(1, min(wanted, MOST_SPLITS, triton.next_power_of_2(length) // (2 * BLOCK)))
+    splits = max(1, min(wanted, MOST_SPLITS, triton.next_power_of_2(length) // (2 * block)))
     out = torch.empty_like(query)
     # In float32 what is put together, in the query's type what is not.
     size = (pairs * splits * group, width)
@@ -166,8 +169,8 @@ def split_attention(
             query, keys, values, parts, tops, sums, last, first,
             *keys.stride()[:3], *values.stride()[:3],
             kv_heads, scaling * math.log2(math.e), window or 0,
-            GROUP=group, ROWS=rows, LANES=BLOCK if rows == 1 else rows, P=width, WIDE=wide,
-            SPLITS=splits, BLOCK=BLOCK, WINDOWED=window is not None, num_warps=4,
+            GROUP=group, ROWS=rows, LANES=block if rows == 1 else rows, P=width, WIDE=wide,
+            SPLITS=splits, BLOCK=block, WINDOWED=window is not None, num_warps=4,
         )  # fmt: skip
         if splits > 1:
             _join_kernel[(pairs, group)](

@@ -59,7 +59,7 @@ def decode_attention(
     Args:
         query: ``(B, H, 1, P)``
         keys: ``(B, K, S, P)``; grouped heads are not repeated.
-        values: ``(B, K, S, P)``
+        values: ``(B, K, S, P)``, or of another width.
         last: The newest token's place, int64, ``()``.
         first: Each sequence's first place, int64, ``(B,)``.
         scaling: Factor of the scores.
@@ -68,9 +68,11 @@ def decode_attention(
         backend: As :func:`pick_backend` says.
 
     Returns:
-        ``(B, H, 1, P)``
+        ``(B, H, 1, P)``, of the values' width.
     """
-    if backend == "triton" and query.shape[-1] <= _LARGEST_HEAD:
+    # In some families values are of another width.
+    fits = query.shape[-1] == values.shape[-1] <= _LARGEST_HEAD
+    if backend == "triton" and fits:
         from mohawk_nas.kernels._decode_attention_triton import split_attention
 
         return split_attention(
@@ -82,7 +84,7 @@ def decode_attention(
     # kernels of grouped heads take no mask.
     groups = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1])
     mixed = F.scaled_dot_product_attention(groups, keys, values, attn_mask=seen, scale=scaling)
-    return mixed.reshape(query.shape)
+    return mixed.reshape(*query.shape[:-1], -1)
 
 
 def seen_places(length: int, *, last: Tensor, first: Tensor, window: int | None = None) -> Tensor:

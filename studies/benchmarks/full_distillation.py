@@ -172,10 +172,11 @@ def finished(job: Job, wanted: Mapping[str, Any]) -> bool:
 
 def named(bench: Workbench, texts: Sequence[str]) -> Iterator[Job]:
     """The layouts asked for, each once."""
-    space, result, seen = bench.space, bench.result(), set()
+    space, result = bench.space, bench.result()
+    found: dict[Layout, list[str]] = {}
     if len(space.replacements) != 1:
         raise InputError("space.candidates: layouts are named by what they keep; take one mixer")
-    for name in [w for text in texts for w in ([text] if text[0].isdigit() else words(text))]:
+    for name in [w for text in texts for w in ([text] if text[:1].isdigit() else words(text))]:
         if name == "searched":
             layout = result.best.layout
         elif name == "uniform":
@@ -188,11 +189,13 @@ def named(bench: Workbench, texts: Sequence[str]) -> Iterator[Job]:
                 layout = no_attention(bench) if name == "none" else space.parse(name)
             except LayoutError as e:
                 raise InputError(f"--layouts: {name}: {e}; or name {', '.join(WORDS)}") from e
-        if layout not in seen:
-            seen.add(layout)
-            used = {n: space.candidates[n] for n in sorted(set(layout.candidates))}
-            strip = layout.strip(space.symbols)
-            yield Job(name, layout, strip, describe_candidates(used), bench.config.run_dir)
+        found.setdefault(layout, []).append(name)
+    for layout, names in found.items():
+        used = {n: space.candidates[n] for n in sorted(set(layout.candidates))}
+        strip, candidates = layout.strip(space.symbols), describe_candidates(used)
+        # The best one may be uniform.
+        name = " = ".join(dict.fromkeys(names))
+        yield Job(name, layout, strip, candidates, bench.config.run_dir)
 
 
 def no_attention(bench: Workbench) -> Layout:
@@ -286,7 +289,10 @@ def command() -> str:
 
 def report(jobs: Sequence[Job], wanted: Mapping[str, Any], config: StudyConfig, out: Path) -> None:
     """The results file and the table, of what is there."""
-    rows = [read_json(job.row) for job in jobs if finished(job, wanted)]
+    # A row may have been made under another name.
+    rows = [
+        {**read_json(job.row), "chosen_as": job.chosen_as} for job in jobs if finished(job, wanted)
+    ]
     if missing := [job.chosen_as for job in jobs if not finished(job, wanted)]:
         print(f"Not there yet: {', '.join(missing)}; other parts make them.")
     if not rows:
