@@ -281,6 +281,18 @@ def test_the_readme_has_the_two_commands():
     ]
 
 
+def test_links_between_pages_lead_somewhere():
+    pages = [path for path, _ in text_files() if path.suffix == ".md"]
+    assert {ROOT / "README.md", ROOT / "docs/searching.md"} <= set(pages)
+    broken = [
+        (page.name, link)
+        for page in pages
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+        if not link.startswith(("http", "#")) and not (page.parent / link.split("#")[0]).exists()
+    ]
+    assert broken == []
+
+
 def test_the_ci_script_finds_the_test_command():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     find = re.search(r"test_command=\$\((.*)\)$", script, re.MULTILINE)[1]

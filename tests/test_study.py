@@ -503,9 +503,9 @@ def test_a_study_goes_on_whichever_way_its_names_are_written(tmp_path):
         run(8, 2, trials=4, run_dir=tmp_path, strategy="tpe")
 
 
-def test_the_readmes_strategy_has_options_like_a_built_in(tmp_path):
-    readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
-    (code,) = (c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "every_nth" in c)
+def test_the_documented_strategy_has_options_like_a_built_in(tmp_path):
+    page = Path(__file__).parents[1].joinpath("docs/searching.md").read_text(encoding="utf-8")
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "every_nth" in c)
     (tmp_path / "mine.py").write_text(code)
     load_plugin(tmp_path / "mine.py")
     try:
