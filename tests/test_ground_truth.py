@@ -298,7 +298,10 @@ def test_the_report_tells_which_score_predicts(tmp_path, monkeypatch, capsys):
         )
         for tokens, noise, seeds in ((0, 1.0, 1), (640, 0.05, 3)):
             for seed in range(seeds if i < 30 else 1):
-                found = {"kl": value + noise * rng.normal(), "recall": value}
+                kl = value + noise * rng.normal()
+                # A budget foretells by the first half of these, and is foretold on the other.
+                blocks = [kl, 9 * rng.normal()] if tokens == 0 else [9 * rng.normal(), kl]
+                found = {"kl": kl, "kl_blocks": 3 * blocks, "recall": value}
                 row = {"kind": "distilled", "bank_seed": 0, "seed": seed, "tokens": tokens}
                 rows.append(row | {"layout": str(i)} | found)
     # Another bank's rows stand apart.

@@ -5,8 +5,10 @@
 For each table and each budget of stage 3: the rank correlation of every objective, and of every
 smaller budget, with the distilled KL and recall of the largest budget, over the layouts that have
 all of them, with bootstrap intervals; overall and within the best quarter by the distilled figure.
-Then what the seeds of stage 3 allow: the share of the variance that the layouts make, and the
-correlation that a perfect score would reach. Written beside the tables as `report.json`.
+A smaller budget's KL is taken on every other block of the text, and foretells that on the others:
+on the same blocks the two would share their noise. Then what the seeds of stage 3 allow: the share
+of the variance that the layouts make, and the correlation that a perfect score would reach. Written
+beside the tables as `report.json`.
 """
 
 from __future__ import annotations
@@ -101,17 +103,24 @@ def predict(name: str, rows: Sequence[Mapping[str, Any]], truth: str) -> list[Pr
             # Of a smaller budget one seed, which is what a rung would have.
             value = float(np.mean(values)) if tokens == budgets[-1] else values[0]
             known.setdefault(layout, {})[f"{tokens:,} tokens"] = value
-    last = f"{budgets[-1]:,} tokens"
+    last, apart = f"{budgets[-1]:,} tokens", {}
+    if truth == "kl":
+        for tokens in budgets[:-1]:
+            for layout, value in halves(distilled, tokens, first=True).items():
+                known[layout][f"{tokens:,} tokens"] = value
+        apart = halves(distilled, budgets[-1], first=False)
     names = [n for n in OBJECTIVES if any(n in figures for figures in known.values())]
     names += [f"{tokens:,} tokens" for tokens in budgets[:-1]]
-    whole = [figures for figures in known.values() if {*names, last} <= set(figures)]
+    layouts = [x for x, figures in known.items() if {*names, last} <= set(figures)]
+    whole = [known[layout] for layout in layouts]
     if len(whole) < FEWEST:
         return []
     sign = 1 if truth == "kl" else -1
-    worth = sign * np.array([figures[last] for figures in whole])
-    best = worth <= np.quantile(worth, 0.25)
     found = []
     for score in names:
+        others = apart and score.endswith("tokens")
+        worth = sign * np.array([apart[x] if others else known[x][last] for x in layouts])
+        best = worth <= np.quantile(worth, 0.25)
         # A budget's recall is a share that is right, the objective of that name one that is lost.
         turned = sign if score.endswith("tokens") else 1
         scores = turned * np.array([figures[score] for figures in whole])
@@ -162,6 +171,16 @@ def by_layout(
         if row["tokens"] == tokens and row["bank_seed"] == 0:
             found.setdefault(row["layout"], []).append(row[truth])
     return found
+
+
+def halves(distilled: Sequence[Mapping[str, Any]], tokens: int, *, first: bool) -> dict[str, float]:
+    """Layout -> KL on every other block, of the first bank, averaged over seeds."""
+    found: dict[str, list[float]] = {}
+    for row in distilled:
+        if row["tokens"] == tokens and row["bank_seed"] == 0:
+            blocks = row["kl_blocks"][0 if first else 1 :: 2]
+            found.setdefault(row["layout"], []).append(float(np.mean(blocks)))
+    return {layout: float(np.mean(values)) for layout, values in found.items()}
 
 
 def show(predictions: Sequence[Prediction], seeds: Sequence[Seeds]) -> None:
