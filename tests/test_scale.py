@@ -15,7 +15,7 @@ import torch
 from tiny_study import make_study, make_teacher, make_text
 
 from mohawk_nas import pipeline, ranks
-from mohawk_nas.config import LogitsConfig
+from mohawk_nas.config import LogitsConfig, dump
 from mohawk_nas.distill import checkpoints
 from mohawk_nas.distill.logits_trainer import student_to_train
 from mohawk_nas.distill.parallel import (
@@ -146,6 +146,33 @@ def test_runs_that_are_killed_anywhere_end_as_unbroken(fresh, whole, count, mode
         assert codes[rank] == -signal.SIGKILL
     assert distil(count, run, mode) == [0] * count
     assert_same(run / "distill", whole(count, mode if count > 1 else "ddp"))
+
+
+def test_streamed_text_is_shared_and_goes_on_where_it_was(fresh):
+    streamed = ("data.streaming=true", "data.workers=1", "data.shuffle_blocks=8")
+    alone, both, killed = (fresh(name) for name in ("alone", "both", "killed"))
+    assert distil(1, alone, "auto", *streamed) == [0]
+    assert distil(2, both, "ddp", *streamed) == [0, 0]
+    assert_close(both / "distill", alone / "distill")
+    codes = distil(2, killed, "ddp", *streamed, before=lambda: processes.die_in(6, rank=1))
+    assert codes[1] == -signal.SIGKILL
+    assert distil(2, killed, "ddp", *streamed) == [0, 0]
+    assert_same(killed / "distill", both / "distill")
+
+
+def test_a_study_that_gives_its_layout_is_distilled_by_several(tmp_path):
+    config = make_study(tmp_path, "layout='1,2'", "budget.attention_layers=null")
+    study = tmp_path / "given.yaml"
+    study.write_text(dump(config), encoding="utf-8")
+    command = ["distill", str(study), "distill.logits.parallel=fsdp"]
+    assert processes.run(2, command) == [0, 0]
+    best = pipeline.load_best(config.run_dir)
+    assert best.layout.attention_layers == (1, 2)
+    assert len(curve(config.run_dir / "distill")) == STEPS
+    # Another layout is another distillation, whoever asks.
+    log = tmp_path / "log.txt"
+    assert 2 in processes.run(2, [*command, "layout='0,2'"], log=log)
+    assert "layout" in log.read_text()
 
 
 def test_a_signal_to_one_process_saves_and_ends_all(fresh, whole, tmp_path):
