@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -104,23 +104,23 @@ def distill_logits(
     folder.mkdir(parents=True, exist_ok=True)
     # Blocks of a step are those of all ranks together.
     share = config.batch_size // num_ranks()
-    text = train.batches(batch_size=share, seed=seed * 16 + 2, rank=rank(), world=num_ranks())
-    trainer = make_trainer(teacher, student, config, mode)
-    try:
-        with _own_random_numbers(teacher, seed):
-            return _distill(
-                trainer,
-                undistilled,
-                text=text,
-                block_size=train.block_size,
-                validation=validation,
-                folder=folder,
-                reporter=reporter,
-                board=Board(folder / "tensorboard") if tensorboard and rank() == 0 else None,
-            )
-    finally:
-        text.close()
-        trainer.release()
+    order = {"seed": seed * 16 + 2, "rank": rank(), "world": num_ranks()}
+    with closing(train.batches(batch_size=share, **order)) as text:
+        trainer = make_trainer(teacher, student, config, mode)
+        try:
+            with _own_random_numbers(teacher, seed):
+                return _distill(
+                    trainer,
+                    undistilled,
+                    text=text,
+                    block_size=train.block_size,
+                    validation=validation,
+                    folder=folder,
+                    reporter=reporter,
+                    board=Board(folder / "tensorboard") if tensorboard and rank() == 0 else None,
+                )
+        finally:
+            trainer.release()
 
 
 def _distill(
