@@ -43,9 +43,16 @@ def config_for(folder: Path, *sources: Path | str, **changes: Any) -> DataConfig
     return DataConfig(**(settings | changes))
 
 
-def packed(tokenizer: Any, documents: list[str], split: str, wanted: int) -> list[int]:
-    """The plain twin: a share of one document after another, each behind a separator."""
-    share = wanted if split == "bank" else max(2 * BLOCK, wanted // 32)
+def packed(
+    tokenizer: Any, documents: list[str], split: str, wanted: int | None = None
+) -> list[int]:
+    """The plain twin: a share of one document after another, each behind a separator.
+
+    None wants all of each.
+    """
+    share = wanted
+    if wanted is not None and split != "bank":
+        share = max(2 * BLOCK, wanted // 32)
     rests = [
         tokenizer.encode(text, add_special_tokens=False)
         for text in documents
@@ -55,7 +62,7 @@ def packed(tokenizer: Any, documents: list[str], split: str, wanted: int) -> lis
     while rests:
         for rest in rests:
             tokens += [tokenizer.eos_token_id, *rest[:share]]
-        rests = [rest[share:] for rest in rests if rest[share:]]
+        rests = [] if share is None else [rest[share:] for rest in rests if rest[share:]]
     return tokens[:wanted]
 
 
