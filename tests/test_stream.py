@@ -174,7 +174,8 @@ def test_held_out_documents_are_never_trained_on(shards, tokenizer):
         trained.update(tokenizer.decode(list(row)).split(tokenizer.eos_token)[1:-1])
     assert len(trained) > 50 and trained <= {d for d in documents if split_of(d) == "bank"}
     for split, blocks in held_out.items():
-        expected = packed(tokenizer, documents, split, 640)
+        # Blocks are so long here that no document is more than its share.
+        expected = packed(tokenizer, documents, split)[:640]
         assert blocks.tokens.flatten().tolist() == expected
         assert not {tuple(row) for row in blocks.tokens.tolist()} & seen
 
