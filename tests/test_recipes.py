@@ -237,6 +237,14 @@ def test_a_searched_run_is_not_taken_over(tmp_path):
     with pytest.raises(RunError, match=r"begun with other settings \(layout: None -> '0,1'\)"):
         pipeline.write_given(pipeline.choose_layout(study))
     assert (config.run_dir / "best.yaml").read_bytes() == before
+    # What the message offers.
+    pipeline.write_given(pipeline.choose_layout(study), force=True)
+    aside = config.run_dir.with_name("tiny.old-1")
+    assert (aside / "best.yaml").read_bytes() == before
+    assert pipeline.load_best(config.run_dir).layout.attention_layers == (0, 1)
+    # What is this study's own stays where it is.
+    pipeline.write_given(pipeline.choose_layout(study), force=True)
+    assert not config.run_dir.with_name("tiny.old-2").exists()
 
 
 @pytest.mark.parametrize(
