@@ -340,6 +340,11 @@ def choose_layout(path: str | Path, overrides: Sequence[str] = ()) -> BestLayout
     teacher = load_teacher(config.teacher, meta=True)
     space = load_space(config.space, num_layers=teacher.num_layers)
     layout = space.parse(config.layout)
+    if not layout.replaced_layers:
+        raise ConfigError(
+            "layout: keeps attention in every layer, so there is nothing to distil; leave some out",
+            source=str(path),
+        )
     return BestLayout(
         path=config.run_dir / "best.yaml",
         study=config,

@@ -13,7 +13,7 @@ import warnings
 import processes
 import pytest
 import torch
-from tiny_study import make_study, make_teacher, make_text
+from tiny_study import make_streamed_study, make_study, make_teacher, make_text
 
 from mohawk_nas import pipeline, ranks
 from mohawk_nas.config import LogitsConfig, dump
@@ -194,19 +194,8 @@ def streamed(searched):
     (folder / "more.jsonl").write_text((folder / "text.jsonl").read_text(), encoding="utf-8")
 
     def written(output):
-        study = make_study(
-            folder,
-            f"output={output}",
-            f"data.mixture=[{{source: {folder}/text.jsonl, weight: 3}}, "
-            f"{{source: {folder}/more.jsonl, weight: 1}}]",
-            "data.source=[]",
-            "data.streaming=true",
-            "data.shuffle_blocks=16",
-            "data.workers=1",
-            "search.tokens=64",
-            "layout=[0, 2]",
-            "distill.start=scratch",
-            "distill.hidden={tokens: 256, batch_size: 4}",
+        study = make_streamed_study(
+            folder, f"output={output}", "distill.hidden={tokens: 256, batch_size: 4}"
         )
         output.mkdir(exist_ok=True)
         path = output / "study.yaml"

@@ -91,8 +91,7 @@ def _measure(
     timings.append(timing)
     # Sharded or not, it says how large its weights are.
     flops = forward_flops(setup, teacher) + 3 * sum(
-        forward_flops(setup, teacher, layouts[number % len(layouts)])
-        for number in range(count)
+        forward_flops(setup, teacher, layouts[number % len(layouts)]) for number in range(count)
     )
     yield _rated(setup, blank, timing, peak, flops=flops, count=count)
 
