@@ -94,6 +94,8 @@ def search(
     from mohawk_nas import pipeline
     from mohawk_nas.reporting.html import write_report
 
+    # What torchrun starts again is to go on, not to set aside what it had done.
+    force = force and not ranks.started_again()
     with ranks.joined():
         if ranks.rank():
             pipeline.help_search(config)
@@ -199,6 +201,8 @@ def distill(
             )
             screen.show_forecast(chosen.study, forecast)
         return
+    # What torchrun starts again is to go on, not to set aside what it had done.
+    force = force and not ranks.started_again()
     with ranks.joined(tensors=True):
         if ranks.rank():
             pipeline.help_distill(best, overrides or ())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mohawk_nas.config import StudyConfig
+from mohawk_nas.config import StudyConfig, TeacherConfig
 from mohawk_nas.distill.logits import trainable_parameters
 from mohawk_nas.distill.trainer import num_steps
 from mohawk_nas.errors import ConfigError
@@ -78,7 +78,7 @@ def make_forecast(
     Args:
         config: The study.
         layout: The student's.
-        gpus: Among which layers (stages 1 and 2) and text (stage 3) are divided.
+        gpus: Among which layers (stages 1 and 2) and the blocks of a step (stage 3) are divided.
         peak: Operations a second of one of them.
         utilisation: Share of it that is reached.
 
@@ -91,9 +91,7 @@ def make_forecast(
     teacher = load_teacher(config.teacher, meta=True)
     space = load_space(config.space, num_layers=teacher.num_layers)
     space.check(layout)
-    # A plan is for the machine that will run it, which seldom is this one.
-    name = "bfloat16" if config.teacher.dtype == "auto" else config.teacher.dtype
-    dtype = getattr(torch, name)
+    dtype = _dtype(config.teacher)
     distill, length = config.distill, config.data.block_size
     names = [layout[i] for i in layout.replaced_layers]
     with torch.device("meta"):
@@ -114,7 +112,12 @@ def make_forecast(
     trained = trainable_parameters(student.model, distill.logits.trainable)
     trained_mixers = sum(_count(mixer.parameters()) for mixer in mixers.values())
     trained_stock = _count(trained.values()) - trained_mixers
-    whole, by_layers = _saved_by_student(student, trained, length, dtype)
+    guide, taught_in = teacher, dtype
+    if distill.teacher.source:
+        guide, taught_in = load_teacher(distill.teacher, meta=True), _dtype(distill.teacher)
+    low = taught_in == torch.bfloat16
+    computes_in = torch.bfloat16 if low else torch.float32
+    whole, by_layers = _saved_by_student(student, trained, length, computes_in)
 
     element, width = dtype.itemsize, teacher.views[0].d_model
     held_teacher = {"teacher's weights": teacher_params * element}
@@ -153,12 +156,22 @@ def make_forecast(
     logits = distill.logits
     if logits.tokens:
         student_forward = work.forward + work.mixers - len(names) * work.attention
-        total = work.forward + work.head + 3 * (student_forward + work.head)
-        low = dtype == torch.bfloat16
+        teaching = count_work(guide, [], length)
+        total = teaching.forward + teaching.head + 3 * (student_forward + work.head)
+        frozen = stock_params - trained_stock
         # Beside a bfloat16 teacher: weights and gradients in both types, two moments in float32.
         states = trained_mixers * 16 + trained_stock * (20 if low else 16)
-        states += (stock_params - trained_stock) * (2 if low else 4)
-        head = 4 * 4 * min(HEAD_VALUES["cuda"], logits.batch_size * length * teacher.vocab_size)
+        if dtype != taught_in or dtype == torch.float16:
+            # Else what is not trained is the teacher's own.
+            states += frozen * (2 if low else 4)
+        # `batch_size` counts blocks of all processes.
+        blocks = -(-logits.batch_size // gpus)
+        values = blocks * length * teacher.vocab_size
+        head = 4 * 4 * min(HEAD_VALUES["cuda"], values)
+        if values > HEAD_VALUES["cuda"] and trained_stock:
+            # Added up in float32 over the pieces, a piece's own beside it.
+            head += (4 + computes_in.itemsize) * teacher.vocab_size * width
+        guides = _count(guide.model.parameters()) * taught_in.itemsize
         stages["3 (logits)"] = StageForecast(
             tokens=logits.tokens,
             steps=num_steps(logits, length) // logits.accumulate,
@@ -167,14 +180,20 @@ def make_forecast(
             seconds=logits.tokens * total / rate,
             memory={
                 **held_teacher,
+                **({} if guide is teacher else {"weights of stage 3's own teacher": guides}),
                 "student: weights, masters, gradients, moments": states,
-                "what the backward pass needs": logits.batch_size * whole,
-                "logits and their gradients, a piece at a time": head,
+                "what the backward pass needs": blocks * whole,
+                "logits a piece at a time, gradients of these and of the head": head,
             },
             options={
-                "the backward pass with every layer checkpointed": logits.batch_size * by_layers,
+                "the backward pass with every layer checkpointed": blocks * by_layers,
+                # All of it in float32.
                 **(
-                    {f"the student sharded over {gpus} GPUs": -(-states // gpus)}
+                    {
+                        f"the student sharded over {gpus} GPUs": -(
+                            -(16 * (trained_mixers + trained_stock) + 4 * frozen) // gpus
+                        )
+                    }
                     if gpus > 1
                     else {}
                 ),
@@ -189,7 +208,7 @@ def make_forecast(
         mixer_params=mixer_params,
         stages=stages,
         disk=_disk(config, mixer_params, stock_params, _count(trained.values())),
-        dtype=name,
+        dtype=str(dtype).removeprefix("torch."),
         gpus=gpus,
         peak=peak,
         utilisation=utilisation,
@@ -215,6 +234,12 @@ def _disk(config: StudyConfig, mixers: int, stock: int, trained: int) -> dict[st
         "the student": 4 * (mixers + stock),
         "token cache": 4 * (held_out + bank + (0 if data.streaming else text)),
     }
+
+
+def _dtype(config: TeacherConfig) -> torch.dtype:
+    # A plan is for the machine that will run it, which seldom is this one.
+    name = "bfloat16" if config.dtype == "auto" else config.dtype
+    return getattr(torch, name)  # type: ignore[no-any-return]
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

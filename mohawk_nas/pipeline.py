@@ -340,6 +340,11 @@ def choose_layout(path: str | Path, overrides: Sequence[str] = ()) -> BestLayout
     teacher = load_teacher(config.teacher, meta=True)
     space = load_space(config.space, num_layers=teacher.num_layers)
     layout = space.parse(config.layout)
+    if not layout.replaced_layers:
+        raise ConfigError(
+            "layout: keeps attention in every layer, so there is nothing to distil; leave some out",
+            source=str(path),
+        )
     return BestLayout(
         path=config.run_dir / "best.yaml",
         study=config,
@@ -363,16 +368,23 @@ def _is_study(path: Path) -> bool:
 def write_given(best: BestLayout, *, force: bool = False) -> None:
     """Make the run's folder of a layout that a study gives, as a search would have left it.
 
+    Args:
+        best: What :func:`choose_layout` has found.
+        force: Set the folder aside if it holds something else.
+
     Raises:
-        RunError: The folder holds something else.
+        RunError: The folder holds something else, or a distillation is at work in it.
     """
     if best.is_written or rank():
         return
-    config = best.study
+    config, folder = best.study, best.path.parent / "distill"
     if not force:
-        check_distill_dir(best.path.parent / "distill", _settings(best))
+        check_distill_dir(folder, _settings(best))
     space = load_space(config.space, num_layers=len(best.layout))
     with only_one(config.run_dir):
+        if force and _is_of_another(config):
+            with only_one(folder):
+                set_aside(config.run_dir)
         claim_run_dir(config, force=False)
         content = {
             "strip": best.layout.strip(space.symbols),
@@ -386,6 +398,15 @@ def write_given(best: BestLayout, *, force: bool = False) -> None:
             "study": plain(_anchored(config)),
         }
         _write_yaml(best.path, "# The layout that the study gives.\n", content)
+
+
+def _is_of_another(config: StudyConfig) -> bool:
+    """Whether the run's folder holds something that this study cannot go on with."""
+    try:
+        check_run_dir(config)
+    except RunError:
+        return True
+    return False
 
 
 def distill(

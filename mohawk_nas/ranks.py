@@ -12,7 +12,7 @@ import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ __all__ = [
     "of_every",
     "of_first",
     "rank",
+    "started_again",
     "stop_request",
     "told_once",
     "wait_for_all",
@@ -61,6 +62,15 @@ def local_rank() -> int | None:
     return None if text is None else int(text)
 
 
+def started_again() -> bool:
+    """Whether torchrun has started this run before and starts it again after a failure."""
+    return _starts_before() > 0
+
+
+def _starts_before() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 _CUT_OFF = re.compile(r"gloo.*(closed by peer|reset by peer|Broken pipe)", re.DOTALL)
 _ANOTHER_STOPPED = "another process of this run has stopped; see its message"
 
@@ -85,7 +95,7 @@ def joined(*, tensors: bool = False) -> Iterator[None]:
     store, number, count = next(rendezvous("env://", timeout=PATIENCE))
     # torchrun keeps its store when it starts processes again, and in it the addresses of those that
     # are gone.
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    start = _starts_before()
     dist.init_process_group(
         # Numbers travel between CPUs either way: they wait for no GPU.
         "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
@@ -99,7 +109,9 @@ def joined(*, tensors: bool = False) -> Iterator[None]:
         yield
     except BaseException as e:
         if rank() == 0 and not _told:
-            _tell(False)
+            # Those that have ended already need not be told, and hide no error.
+            with suppress(RuntimeError):
+                _tell(False)
         if isinstance(e, RuntimeError) and _CUT_OFF.search(str(e)):
             raise RunError(_ANOTHER_STOPPED) from e
         if not (on_gpus and _told):

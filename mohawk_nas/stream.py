@@ -17,14 +17,17 @@ import contextlib
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import queue
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -274,6 +277,7 @@ class _StreamBatches:
         self._loaded: Iterator[_Tokenised] | None = None
         self._error: Exception | None = None
         self._context = contextlib.ExitStack()
+        self._end_workers: Callable[[], object] | None = None
 
     def next(self) -> Tensor:
         share, size = self._batch_size * self._world, self._size
@@ -311,6 +315,10 @@ class _StreamBatches:
     def close(self) -> None:
         # In this order: workers first, since they ask for what readers have.
         self._loaded = None
+        if self._end_workers is not None:
+            # An error's traceback may still hold the loader.
+            self._end_workers()
+            self._end_workers = None
         for reader in self._readers:
             reader.close()
         self._readers = []
@@ -354,6 +362,9 @@ class _StreamBatches:
         for number, (part, packing) in enumerate(zip(stream.parts, self._packings, strict=True)):
             chunks = _chunks(part, number, packing.mark())
             self._readers.append(_ahead(chunks, _CHUNKS_AHEAD) if workers else chunks)
+        ended = multiprocessing.RawValue("b", 0)
+        # Called by `close`, or else when Python ends.
+        self._end_workers = Finalize(self, setattr, args=(ended, "value", 1), exitpriority=0)
         loader = DataLoader(
             _Tokeniser(stream.tokenizer, stream.separator),
             batch_size=None,
@@ -361,7 +372,7 @@ class _StreamBatches:
             num_workers=workers,
             prefetch_factor=_CHUNKS_AHEAD if workers else None,
             collate_fn=_as_it_is,
-            worker_init_fn=partial(_end_with, os.getpid()),
+            worker_init_fn=partial(_serve, os.getpid(), ended),
         )
         with _without_threads_of_tokenizers():
             self._loaded = iter(loader)
@@ -470,16 +481,21 @@ def _as_it_is(item: T) -> T:
     return item
 
 
-def _end_with(parent: int, worker: int) -> None:
-    """Let a worker end when the process that trains does, however that ends.
+def _serve(parent: int, ended: Any, worker: int) -> None:
+    """Let a worker end when the process that trains says so or ends, however that ends, not before.
 
-    The library's own watch waits for what the worker has sent to be read, which nobody will.
+    A signal to end goes to a whole group of processes, from torchrun as from a terminal; the one
+    that trains still needs text for the step that it then finishes and saves. The library's own
+    watch over the parent waits for what the worker has sent to be read, which nobody will.
     """
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and not ended.value:
             time.sleep(1)
-        os._exit(1)
+        # Anything else would be an error to the library.
+        os._exit(0)
 
     threading.Thread(target=watch, name="watches its parent", daemon=True).start()
 

@@ -127,19 +127,39 @@ def test_a_forecast_counts_what_the_student_is(tmp_path):
     stage = forecast.stages["3 (logits)"]
     assert (stage.tokens, stage.steps, stage.tokens_a_step) == (640, 10, 64)
     assert stage.seconds == pytest.approx(stage.flops / 0.5e9)
-    # bfloat16 is what a GPU would hold it in; frozen parts have no gradients.
+    # What is not trained is the teacher's own.
     held = stage.memory["student: weights, masters, gradients, moments"]
-    assert held == 16 * mixer_params + 2 * (teacher - 2 * attention)
+    assert held == 16 * mixer_params
     whole = make_forecast(
         load_with(config, "distill.logits.trainable=all"), layout, gpus=2, peak=1e9, utilisation=0.5
     )
-    states = 16 * mixer_params + 20 * (teacher - 2 * attention)
+    stock = teacher - 2 * attention
+    states = 16 * mixer_params + 20 * stock
     again = whole.stages["3 (logits)"]
     assert again.memory["student: weights, masters, gradients, moments"] == states
-    assert again.options["the student sharded over 2 GPUs"] == states // 2
+    assert again.options["the student sharded over 2 GPUs"] == 16 * (mixer_params + stock) // 2
+    # Each process has half of a step's blocks.
+    needs = "what the backward pass needs"
+    alone = make_forecast(
+        load_with(config, "distill.logits.trainable=all"), layout, gpus=1, peak=1e9, utilisation=0.5
+    ).stages["3 (logits)"]
+    assert stage.memory[needs] < alone.memory[needs] == 2 * again.memory[needs]
+    # A teacher of stage 3 alone is held and run, too; of another type, it shares nothing.
+    large = make_teacher(tmp_path / "large", num_layers=5, hidden_size=48, seed=1)
+    guided = make_forecast(
+        load_with(config, f"distill.teacher={{source: {large}, dtype: float32}}"),
+        layout,
+        gpus=1,
+        peak=1e9,
+        utilisation=0.5,
+    ).stages["3 (logits)"]
+    weights = sum(p.numel() for p in PhiForCausalLM.from_pretrained(large).parameters())
+    assert guided.memory["weights of stage 3's own teacher"] == 4 * weights
     assert (
-        again.memory["what the backward pass needs"] > stage.memory["what the backward pass needs"]
+        guided.memory["student: weights, masters, gradients, moments"]
+        == 16 * mixer_params + 4 * stock
     )
+    assert guided.flops > stage.flops
     assert whole.stages["2 (hidden)"].seconds < forecast.stages["2 (hidden)"].seconds
 
 
@@ -151,7 +171,7 @@ def test_what_backward_passes_need_is_what_autograd_keeps(tmp_path):
     """The count on the meta device is that of a real forward pass."""
     config = make_study(tmp_path, "layout=[0, 2]", "teacher.dtype=float32")
     layout = Layout.keeping([0, 2], num_layers=4, replacement="mamba2")
-    stage = make_forecast(config, layout, **H100).stages["3 (logits)"]
+    stage = make_forecast(config, layout, gpus=1, peak=1e9, utilisation=0.5).stages["3 (logits)"]
     bench = Workbench(config)
     bench.bank.train(bench.space.replaceable, reporter=SILENT)
     student = assemble(bench.teacher, layout, bench.bank, share=False).requires_grad_(True)
@@ -180,6 +200,13 @@ def test_dry_run_prints_and_leaves_nothing(tmp_path, call, monkeypatch):
     assert "5,500,000,000 tokens, 20,980 steps of 262,144" in out
     assert "Least time on 8 GPUs, assuming 40% of 500 TFLOP/s" in out
     assert "the student sharded over 8 GPUs" in out and "token cache" in out
+    told = " ".join(out.split())
+    assert "distill.logits.batch_size must be a multiple of 8 for that many processes" in told
+    more = ("distill.logits.batch_size=8", "distill.logits.accumulate=16")
+    _, again, _ = call("distill", recipe, *more, "--dry-run", "--gpus", "8", "--tflops", "500")
+    # The same, but for what was told.
+    assert "must be a multiple" not in again
+    assert set(again.splitlines()) <= set(out.splitlines())
     assert list(tmp_path.iterdir()) == []
     code, _, err = call("search", recipe, "--dry-run")
     assert code == 2
@@ -218,6 +245,7 @@ def test_a_given_layout_is_distilled_without_a_search(tmp_path, call):
         ("layout=[0, 1]", "other settings (layout)"),
         ("layout=null", "layout: must be given"),
         ("layout=[4]", "layout: layer 4 is out of range"),
+        ("layout=[0, 1, 2, 3]", "keeps attention in every layer, so there is nothing to distil"),
     ):
         code, _, err = call("distill", path, change)
         assert code == 2 and message in err, err
@@ -237,6 +265,14 @@ def test_a_searched_run_is_not_taken_over(tmp_path):
     with pytest.raises(RunError, match=r"begun with other settings \(layout: None -> '0,1'\)"):
         pipeline.write_given(pipeline.choose_layout(study))
     assert (config.run_dir / "best.yaml").read_bytes() == before
+    # What the message offers.
+    pipeline.write_given(pipeline.choose_layout(study), force=True)
+    aside = config.run_dir.with_name("tiny.old-1")
+    assert (aside / "best.yaml").read_bytes() == before
+    assert pipeline.load_best(config.run_dir).layout.attention_layers == (0, 1)
+    # What is this study's own stays where it is.
+    pipeline.write_given(pipeline.choose_layout(study), force=True)
+    assert not config.run_dir.with_name("tiny.old-2").exists()
 
 
 @pytest.mark.parametrize(

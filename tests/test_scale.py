@@ -7,17 +7,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 
 import processes
 import pytest
 import torch
-from tiny_study import make_study, make_teacher, make_text
+from tiny_study import make_streamed_study, make_study, make_teacher, make_text
 
 from mohawk_nas import pipeline, ranks
 from mohawk_nas.config import LogitsConfig, dump
 from mohawk_nas.distill import checkpoints
-from mohawk_nas.distill.logits_trainer import student_to_train
+from mohawk_nas.distill.logits_trainer import LogitsTrainer, student_to_train
 from mohawk_nas.distill.parallel import (
     DataParallelTrainer,
     ShardedTrainer,
@@ -148,18 +149,6 @@ def test_runs_that_are_killed_anywhere_end_as_unbroken(fresh, whole, count, mode
     assert_same(run / "distill", whole(count, mode if count > 1 else "ddp"))
 
 
-def test_streamed_text_is_shared_and_goes_on_where_it_was(fresh):
-    streamed = ("data.streaming=true", "data.workers=1", "data.shuffle_blocks=8")
-    alone, both, killed = (fresh(name) for name in ("alone", "both", "killed"))
-    assert distil(1, alone, "auto", *streamed) == [0]
-    assert distil(2, both, "ddp", *streamed) == [0, 0]
-    assert_close(both / "distill", alone / "distill")
-    codes = distil(2, killed, "ddp", *streamed, before=lambda: processes.die_in(6, rank=1))
-    assert codes[1] == -signal.SIGKILL
-    assert distil(2, killed, "ddp", *streamed) == [0, 0]
-    assert_same(killed / "distill", both / "distill")
-
-
 def test_a_study_that_gives_its_layout_is_distilled_by_several(tmp_path):
     config = make_study(tmp_path, "layout='1,2'", "budget.attention_layers=null")
     study = tmp_path / "given.yaml"
@@ -201,6 +190,81 @@ def test_a_signal_to_one_process_saves_and_ends_all(fresh, whole, tmp_path):
     assert distil(2, run, "fsdp") == [0, 0]
     assert not (folder / "checkpoint.safetensors").exists()
     assert_close(folder, whole(1))
+
+
+def test_what_torchrun_starts_again_goes_on_whatever_force_says(fresh, whole, tmp_path):
+    run, log = fresh("forced"), tmp_path / "log.txt"
+    stop = {"before": lambda: processes.die_in(4, number=signal.SIGTERM)}
+    assert distil(1, run, "auto", "--force", **stop) == [75]
+    again = {"before": lambda: os.environ.update(TORCHELASTIC_RESTART_COUNT="1")}
+    assert distil(1, run, "auto", "--force", **again, log=log) == [0]
+    assert "continuing after step 4 of 10" in log.read_text()
+    assert_same(run / "distill", whole(1))
+
+
+@pytest.fixture(scope="module")
+def streamed(searched):
+    """A study that gives its layout and streams two texts, with a worker in each process."""
+    folder = searched.parents[1]
+    (folder / "more.jsonl").write_text((folder / "text.jsonl").read_text(), encoding="utf-8")
+
+    def written(output):
+        study = make_streamed_study(
+            folder, f"output={output}", "distill.hidden={tokens: 256, batch_size: 4}"
+        )
+        output.mkdir(exist_ok=True)
+        path = output / "study.yaml"
+        path.write_text(dump(study), encoding="utf-8")
+        return path
+
+    return written
+
+
+def test_two_processes_that_stream_end_as_unbroken_and_go_on_as_one(streamed, tmp_path):
+    log = tmp_path / "log.txt"
+    studies = {name: streamed(tmp_path / name) for name in ("whole", "broken", "alone")}
+    folders = {name: path.parent / "tiny/distill" for name, path in studies.items()}
+
+    def distil(count, name, **options):
+        return processes.run(count, ["distill", str(studies[name])], log=log, **options)
+
+    assert distil(2, "whole") == [0, 0]
+    codes = distil(2, "broken", before=lambda: processes.die_in(6, rank=1))
+    assert codes[1] == -signal.SIGKILL
+    assert [path.name for path in folders["broken"].glob("checkpoint-*")] == ["checkpoint-4"]
+    shutil.copytree(folders["broken"].parent, folders["alone"].parent)
+    assert distil(2, "broken") == [0, 0]
+    assert "continuing after step 4 of 10" in log.read_text()
+    assert_same(folders["broken"], folders["whole"])
+    # The position is that of all ranks: one process takes it up.
+    assert distil(1, "alone") == [0]
+    assert_close(folders["alone"], folders["whole"])
+
+
+def test_a_signal_to_the_whole_group_saves_though_workers_get_it_too(streamed, tmp_path):
+    study, log = streamed(tmp_path / "stopped"), tmp_path / "log.txt"
+
+    def in_a_group_that_is_told_to_end():
+        # As torchrun starts and ends its processes.
+        os.setsid()
+        before, started = LogitsTrainer.step, []
+
+        def told(self, *args):
+            started.append(args)
+            if len(started) == 3:
+                # By another: a worker that is told by its parent takes it for an order.
+                command = ["kill", "-TERM", "--", f"-{os.getpgrp()}"]
+                subprocess.run(command, start_new_session=True, check=True)
+                # For the workers to be gone, if they go.
+                time.sleep(0.5)
+            return before(self, *args)
+
+        LogitsTrainer.step = told
+
+    arguments = ["distill", str(study)]
+    assert processes.run(1, arguments, before=in_a_group_that_is_told_to_end, log=log) == [75]
+    assert "stopped by SIGTERM after step 3 of 10, which is saved" in log.read_text()
+    assert (study.parent / "tiny/distill/checkpoint.safetensors").is_file()
 
 
 def test_sharded_checkpoints_are_read_by_one_process(fresh, whole):

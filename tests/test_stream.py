@@ -19,7 +19,7 @@ import yaml
 import zstandard
 from sample_text import DOCUMENTS, lines_of, make_documents, write_jsonl
 from test_data import packed
-from tiny_study import make_study
+from tiny_study import make_streamed_study, make_study
 from transformers import AutoTokenizer
 
 from mohawk_nas import pipeline, stream
@@ -413,18 +413,9 @@ def test_a_distillation_that_is_killed_ends_as_an_unbroken_one(tmp_path):
     """Stages 2 and 3 on a mixture that is streamed, with a worker."""
 
     def study(name):
-        return make_study(
+        return make_streamed_study(
             tmp_path,
             f"output={tmp_path / name}",
-            f"data.mixture=[{{source: {tmp_path}/text.jsonl, weight: 3}}, "
-            f"{{source: {tmp_path}/more.jsonl, weight: 1}}]",
-            "data.source=[]",
-            "data.streaming=true",
-            "data.shuffle_blocks=16",
-            "data.workers=1",
-            "search.tokens=64",
-            "layout=[0, 2]",
-            "distill.start=scratch",
             "distill.hidden={tokens: 512, batch_size: 4}",
         )
 

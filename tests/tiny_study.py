@@ -10,6 +10,8 @@ from transformers import PhiConfig, PhiForCausalLM
 from mohawk_nas.config import study_from_dict
 
 ASSETS = Path(__file__).parents[1] / "studies" / "assets"
+PARTS = {"text": 3, "more": 1}
+"""Texts of a mixture and their weights."""
 WORDS = (ASSETS / "text" / "SOURCES.md").read_text(encoding="utf-8").split()
 
 
@@ -84,3 +86,20 @@ def make_study(folder, *overrides, **settings):
         **settings,
     }
     return study_from_dict(raw, overrides=overrides)
+
+
+def make_streamed_study(folder, *overrides):
+    """One that gives its layout and streams ``text.jsonl`` and ``more.jsonl``, with a worker."""
+    mixture = [f"{{source: {folder}/{name}.jsonl, weight: {w}}}" for name, w in PARTS.items()]
+    return make_study(
+        folder,
+        f"data.mixture=[{', '.join(mixture)}]",
+        "data.source=[]",
+        "data.streaming=true",
+        "data.shuffle_blocks=16",
+        "data.workers=1",
+        "search.tokens=64",
+        "layout=[0, 2]",
+        "distill.start=scratch",
+        *overrides,
+    )

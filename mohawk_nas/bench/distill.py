@@ -89,9 +89,9 @@ def _measure(
         setup, lambda number: trainer.step([batches[number % len(batches)]], config.lr)
     )
     timings.append(timing)
-    flops = forward_flops(setup, setup.teacher) + 3 * sum(
-        forward_flops(setup, setup.teacher, layouts[number % len(layouts)])
-        for number in range(count)
+    # Sharded or not, it says how large its weights are.
+    flops = forward_flops(setup, teacher) + 3 * sum(
+        forward_flops(setup, teacher, layouts[number % len(layouts)]) for number in range(count)
     )
     yield _rated(setup, blank, timing, peak, flops=flops, count=count)
 

@@ -167,6 +167,12 @@ def show_forecast(config: StudyConfig, forecast: Forecast) -> None:
         "What backward passes need is what autograd keeps of a forward pass on the meta device, by "
         "the mixers' plain paths; kernels keep less."
     )
+    if config.distill.logits.batch_size % forecast.gpus:
+        _say(
+            f"distill.logits.batch_size must be a multiple of {forecast.gpus} for that many "
+            f"processes, but is {config.distill.logits.batch_size}: multiply it, and divide "
+            "distill.logits.accumulate by as much."
+        )
 
     times = _table(
         f"Least time on {forecast.gpus} GPU{'s' if forecast.gpus > 1 else ''}, assuming "
