@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mohawk_nas.config import LogitsConfig
 from mohawk_nas.data import TokenBlocks
-from mohawk_nas.distill.graph import RecordedStep
+from mohawk_nas.distill.graph import RecordedStep, side_by_side
 from mohawk_nas.distill.losses import loss_of_hidden
 from mohawk_nas.distill.optimizer import ClippedAdamW
 from mohawk_nas.fusion import fused_activations
@@ -225,7 +225,9 @@ class LogitsTrainer:
         teacher, config = self.teacher, self.config
         with fused_activations(teacher.model, *self.students):
             target = teacher.run(tokens)
-            for number, student in enumerate(self.students):
+
+            def add(number: int) -> None:
+                student = self.students[number]
                 for follower in self._followers[number][0]:
                     follower.grad = None
                 hidden = body(student, tokens)
@@ -234,6 +236,9 @@ class LogitsTrainer:
                 loss.backward()
                 self._figures[number, 0] += loss.detach()
                 self._collect(number)
+
+            parts = [functools.partial(add, number) for number in range(len(self.students))]
+            side_by_side(parts, teacher.device)
 
     def _collect(self, number: int) -> None:
         """Hand gradients of what is held in bfloat16 to its masters."""
@@ -250,10 +255,14 @@ class LogitsTrainer:
                 total += gradient
 
     def _move_weights(self) -> None:
-        for number, optimizer in enumerate(self.optimizers):
+        def move(number: int) -> None:
+            optimizer = self.optimizers[number]
             self._figures[number, 1] = optimizer.clipped_step(self._figures[number, 0])
             optimizer.zero_grad(set_to_none=False)
             self._follow(number)
+
+        parts = [functools.partial(move, number) for number in range(len(self.students))]
+        side_by_side(parts, self.teacher.device)
 
     def _follow(self, number: int) -> None:
         followers, masters = self._followers[number]
