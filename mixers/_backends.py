@@ -18,9 +18,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from mohawk_nas.errors import MixerError
 
-__all__ = ["Backend", "find", "require"]
+__all__ = ["Backend", "find", "fused_kernels", "require"]
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +46,6 @@ _MAMBA_SSM = {
     "_chunk_scan_bwd_ddAcs_stable": "x dt dA_cumsum dout cb",
     "_chunk_scan_chunk_state_bwd_dx": "x dt dA_cumsum B CB dout dstates D",
     "selective_state_update": "state x dt A B C D dt_bias",
-}
-_CAUSAL_CONV1D = {
-    "causal_conv1d_fn": "x weight bias initial_states activation",
-    "causal_conv1d_update": "x conv_state weight bias activation",
 }
 
 
@@ -77,7 +76,7 @@ def _load(package: str) -> tuple[SimpleNamespace | None, str]:
         if importlib.util.find_spec(package) is None:
             log.info("%s is not installed: plain torch is used in its place", package)
             return None, f"{package} is not installed"
-        makers = {"mamba_ssm": _mamba_ssm, "causal_conv1d": _causal_conv1d, "triton": _triton}
+        makers = {"mamba_ssm": _mamba_ssm, "triton": _triton}
         functions = makers[package]()
     # What is built for another torch or CUDA may raise anything while it is imported.
     except Exception as e:
@@ -89,6 +88,18 @@ def _load(package: str) -> tuple[SimpleNamespace | None, str]:
     return functions, ""
 
 
+def fused_kernels(tensor: Tensor) -> SimpleNamespace | None:
+    """Our own Triton kernels, or None where they cannot run on such a tensor."""
+    # Triton's interpreter runs on the CPU, for tests.
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return None
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return find("triton")
+
+
 def _mamba_ssm() -> SimpleNamespace:
     combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
     update = importlib.import_module("mamba_ssm.ops.triton.selective_state_update")
@@ -97,16 +108,13 @@ def _mamba_ssm() -> SimpleNamespace:
     return functions
 
 
-def _causal_conv1d() -> SimpleNamespace:
-    return _checked([importlib.import_module("causal_conv1d")], _CAUSAL_CONV1D)
-
-
 def _triton() -> SimpleNamespace:
     """Our own kernels, which need no more than Triton."""
     # Such an import is seen by who cuts out what an export needs.
+    from ._conv_triton import fused_conv
     from ._step_triton import fused_step
 
-    return SimpleNamespace(fused_step=fused_step)
+    return SimpleNamespace(fused_conv=fused_conv, fused_step=fused_step)
 
 
 def _checked(modules: list[Any], wanted: dict[str, str]) -> SimpleNamespace:

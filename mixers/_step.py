@@ -7,15 +7,13 @@ gate's ``H P`` and the decays' ``H``.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._backends import Backend, find
+from ._backends import Backend, fused_kernels
 
 __all__ = ["StepSizes", "decode_step", "plain_step"]
 
@@ -53,7 +51,8 @@ def decode_step(
     backend: Backend = "auto",
 ) -> Tensor:
     """:func:`plain_step`, by one kernel where it can run."""
-    kernels = _kernels(projected, sizes) if backend != "torch" else None
+    fits = backend != "torch" and sizes.width * sizes.state <= LARGEST_STATE
+    kernels = fused_kernels(projected) if fits else None
     step = plain_step if kernels is None else kernels.fused_step
     y: Tensor = step(projected, conv, ssm, weight=weight, bias=bias, skip=skip, sizes=sizes)
     return y
@@ -96,15 +95,3 @@ def plain_step(
     y = (c[..., None, :] @ ssm).squeeze(-2) + skip.float()[:, None] * x
     gated: Tensor = y.flatten(1) * F.silu(gate.float())
     return gated.to(projected.dtype)
-
-
-def _kernels(projected: Tensor, sizes: StepSizes) -> SimpleNamespace | None:
-    """The fused kernel, or None where it cannot run."""
-    # Triton's interpreter runs on the CPU, for tests.
-    if not projected.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return None
-    if projected.is_cuda and torch.cuda.get_device_capability(projected.device) < (8, 0):
-        return None
-    if projected.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return None
-    return find("triton") if sizes.width * sizes.state <= LARGEST_STATE else None

@@ -18,7 +18,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
 from typing import ClassVar, Literal
 
 import torch
@@ -35,7 +34,8 @@ from mohawk_nas.mixer import (
     MixerState,
 )
 
-from ._backends import find, require
+from ._backends import require
+from ._conv import causal_conv, last_inputs
 from ._scan import decay_mask, scan
 from ._step import StepSizes, decode_step
 
@@ -44,6 +44,9 @@ OPEN_GATE = 1.278464542761
 
 # Smallest step. A floor of 1e-4 would already turn a decay of 0.91 over 2,048 tokens into 0.81.
 MIN_STEP = 1e-6
+
+# Columns of a product: of another number, GPUs read rows that begin anywhere, and take far longer.
+ALIGNED = 8
 
 # Range of -log(alpha) over the heads of a mixer that starts from attention.
 MIN_START, MAX_START = 0.02, 1.0
@@ -71,8 +74,8 @@ class Mamba2Config(MixerConfig):
         default="auto", metadata={"identity": False}
     )
     """What computes: mamba-ssm's kernels, which need a GPU, or plain torch. ``auto`` takes the
-    fastest that is installed and fits. The convolution goes by causal-conv1d unless this is
-    ``torch``, where that is installed and fits. A matter of speed and rounding alone."""
+    fastest that is installed and fits. The convolution goes by a Triton kernel on a GPU, unless
+    this is ``torch``. A matter of speed and rounding alone."""
 
     def __post_init__(self) -> None:
         for name in ("d_state", "num_heads", "d_conv", "chunk_size"):
@@ -291,9 +294,9 @@ class Mamba2Mixer(Mixer):
         """x ``(B, H, T, P)``, B, C ``(B, H, T, N)``, log-decay ``(B, H, T)``, z ``(B, T, H P)``."""
         if mask is not None:
             hidden = hidden * mask[..., None].to(hidden.dtype)
-        mixed, gate, a = self.in_proj(hidden).split(
-            [sum(self.widths), self.widths[0], self.num_heads], dim=-1
-        )
+        projected = self._projected(hidden)
+        sizes = [sum(self.widths), self.widths[0], self.num_heads]
+        mixed, gate, a, _ = projected.split([*sizes, projected.shape[-1] - sum(sizes)], dim=-1)
         if self.b_norm is not None or self.c_norm is not None:
             x, b, c = mixed.split(self.widths, dim=-1)
             mixed = torch.cat([x, self._normed(self.b_norm, b), self._normed(self.c_norm, c)], -1)
@@ -316,66 +319,22 @@ class Mamba2Mixer(Mixer):
             log_decay = log_decay * mask[:, None]
         return x, b, c, log_decay, gate
 
+    def _projected(self, hidden: Tensor) -> Tensor:
+        """What the input projection puts out, in the first of its columns."""
+        weight: Tensor = self.in_proj.weight
+        bias: Tensor = self.in_proj.bias
+        if hidden.is_cuda and (pad := -weight.shape[0] % ALIGNED):
+            weight, bias = F.pad(weight, (0, 0, 0, pad)), F.pad(bias, (0, pad))
+        return F.linear(hidden, weight, bias)
+
     def _convolved(self, inputs: Tensor, cache: MixerState | None) -> Tensor:
         """Causal depthwise convolution of ``(B, T, channels)``, from the cached inputs on."""
         before = None if cache is None else cache.tensors.get("conv")
-        if before is not None:
-            before = before.to(inputs.dtype)
-        kernels = self._conv_kernels(inputs)
-        if kernels is None:
-            return self._convolved_by_torch(inputs, before, cache)
-        if inputs.stride(2) != 1 or inputs.stride(0) % 8 or inputs.stride(1) % 8:
-            inputs = inputs.contiguous()
-        reach = self.config.d_conv - 1
-        # The kernels' (B, channels, T), with channels next to each other in memory.
-        options = {"weight": self.conv_weight, "bias": self.conv_bias, "activation": None}
-        with torch.cuda.device(inputs.device):
-            if before is not None and inputs.shape[1] == 1 and not torch.is_grad_enabled():
-                assert cache is not None
-                cache.tensors["conv"] = before
-                # Shifts the new inputs into `before`.
-                out: Tensor = kernels.causal_conv1d_update(
-                    x=inputs.mT, conv_state=before.mT, **options
-                )
-                return out.mT
-            out = kernels.causal_conv1d_fn(
-                x=inputs.mT, initial_states=None if before is None else before.mT, **options
-            )
         if cache is not None:
-            if before is None:
-                before = inputs.new_zeros(inputs.shape[0], reach, inputs.shape[2])
-            last = torch.cat([before, inputs[:, -reach:]], dim=1)[:, -reach:]
-            cache.tensors["conv"] = last.clone()
-        return out.mT
-
-    def _conv_kernels(self, inputs: Tensor) -> SimpleNamespace | None:
-        """causal-conv1d's functions where they can do this convolution."""
-        fits = 2 <= self.config.d_conv <= 4 and inputs.shape[2] % 8 == 0
-        if not inputs.is_cuda or not fits or self.config.backend == "torch":
-            return None
-        return find("causal_conv1d") if inputs.dtype != torch.float64 else None
-
-    def _convolved_by_torch(
-        self, inputs: Tensor, before: Tensor | None, cache: MixerState | None
-    ) -> Tensor:
-        length, reach = inputs.shape[1], self.config.d_conv - 1
-        if before is None:
-            before = inputs.new_zeros(inputs.shape[0], reach, inputs.shape[2])
-        window = torch.cat([before, inputs], dim=1)
-        if cache is not None:
-            # A copy, since a slice would keep all of the prompt in memory.
-            cache.tensors["conv"] = window[:, window.shape[1] - reach :].clone()
-        # A few shifted products: on a CPU faster than a grouped convolution of one channel a group.
-        # Weights in the inputs' type, or products would be float32 whatever autocast says.
-        taps = self.conv_weight.to(inputs.dtype)
-        out = self.conv_bias.to(inputs.dtype).expand_as(inputs)
-        for tap in range(reach + 1):
-            shifted = window[:, tap : tap + length]
-            if inputs.is_cuda:
-                out = torch.addcmul(out, taps[:, tap], shifted)
-            else:
-                out = out + taps[:, tap] * shifted
-        return out
+            cache.tensors["conv"] = last_inputs(inputs, before, self.config.d_conv - 1)
+        return causal_conv(
+            inputs, before, self.conv_weight, self.conv_bias, backend=self.config.backend
+        )
 
     def _normed(self, norm: nn.Module | None, flat: Tensor) -> Tensor:
         if norm is None:

@@ -579,7 +579,7 @@ def interpreted():
     from mohawk_nas.kernels import _decode_attention_triton as fused
     from mohawk_nas.mixers import _step
 
-    assert _step._kernels(torch.zeros(1), StepSizes(heads=1, width=1, state=1, min_step=1e-6))
+    assert _step.fused_kernels(torch.zeros(1)) is not None
     # So that few places have many blocks, and there are splits with and without any.
     fused.BLOCK = 16
     whole = {case: attention_error("triton", **ATTENTIONS[case]) for case in INTERPRETED}

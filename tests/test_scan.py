@@ -203,10 +203,9 @@ def packages(tmp_path, monkeypatch):
     """A function that writes a file of a fake package; real ones are out of sight meanwhile."""
     _backends._load.cache_clear()
     for name in list(sys.modules):
-        if name.split(".")[0] in ("mamba_ssm", "causal_conv1d"):
+        if name.split(".")[0] == "mamba_ssm":
             monkeypatch.delitem(sys.modules, name)
-    for name in ("mamba_ssm", "causal_conv1d"):
-        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(path, source):
@@ -217,7 +216,7 @@ def packages(tmp_path, monkeypatch):
 
     yield write
     for name in list(sys.modules):
-        if name.split(".")[0] in ("mamba_ssm", "causal_conv1d"):
+        if name.split(".")[0] == "mamba_ssm":
             del sys.modules[name]
     _backends._load.cache_clear()
 
@@ -307,7 +306,6 @@ def test_mamba_ssm_is_taken_where_it_fits(packages, caplog):
 
 def test_nothing_optional_is_imported_on_a_cpu(packages, tmp_path):
     packages("mamba_ssm/__init__.py", "raise SystemExit('imported')")
-    packages("causal_conv1d/__init__.py", "raise SystemExit('imported')")
     program = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 import torch

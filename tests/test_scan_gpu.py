@@ -1,4 +1,4 @@
-"""mamba-ssm's and causal-conv1d's kernels do what plain torch does, on a GPU.
+"""mamba-ssm's kernels do what plain torch does, on a GPU.
 
 Errors are ``||out - reference|| / ||reference||``; references are computed in float64.
 """
@@ -336,46 +336,3 @@ def test_steps_are_the_forward(backend, autocast):
         parts += [mixer(hidden[:, t : t + 1], cache=state) for t in range(100, 120)]
         parts.append(mixer(hidden[:, 120:], cache=state))
     assert error(torch.cat(parts, dim=1), whole) < (2e-2 if autocast else 2e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("d_conv", [2, 3, 4])
-@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
-def test_causal_conv1d_is_the_plain_convolution(d_conv, dtype, aligned):
-    found("causal_conv1d")
-    _, mixer, _ = mixers(d_conv=d_conv)
-    channels = mixer.conv_bias.numel()
-    wide = torch.randn(3, 50, channels + (8 if aligned else 6), device="cuda", dtype=dtype)
-    weights = torch.randn(3, 50, channels, device="cuda")
-    assert mixer._conv_kernels(wide[..., :channels]) is not None
-    before = torch.randn(3, d_conv - 1, channels, device="cuda", dtype=dtype)
-    results = []
-    for by_torch in (False, True):
-        inputs = wide[..., :channels].detach().requires_grad_()
-        cache = MixerState()
-        cache.tensors["conv"] = before.clone()
-        mixer.zero_grad()
-        if by_torch:
-            outputs = mixer._convolved_by_torch(inputs, before, cache)
-        else:
-            outputs = mixer._convolved(inputs, cache)
-        (outputs * weights).sum().backward()
-        gradients = [inputs.grad, mixer.conv_weight.grad.clone(), mixer.conv_bias.grad.clone()]
-        results.append([outputs, cache.tensors["conv"], *gradients])
-    for actual, expected in zip(*results, strict=True):
-        assert actual.shape == expected.shape
-        assert error(actual, expected) < (1e-5 if dtype == torch.float32 else 1.2e-2)
-
-
-@torch.no_grad()
-def test_causal_conv1d_steps_are_the_convolution():
-    found("causal_conv1d")
-    _, mixer, _ = mixers()
-    inputs = torch.randn(3, 9, mixer.conv_bias.numel(), device="cuda")
-    whole = mixer._convolved(inputs, None)
-    # The first piece is shorter than the convolution reaches.
-    state, parts = MixerState(), []
-    for piece in (slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 9)):
-        parts.append(mixer._convolved(inputs[:, piece], state))
-    assert error(torch.cat(parts, dim=1), whole) < 1e-6
-    assert torch.equal(state.tensors["conv"], inputs[:, -3:])

@@ -16,7 +16,7 @@ from transformers.activations import NewGELUActivation
 
 from mohawk_nas.config import TeacherConfig
 from mohawk_nas.errors import TeacherError
-from mohawk_nas.fusion import fused_activations
+from mohawk_nas.fusion import fused_parts
 from mohawk_nas.layout import Layout
 from mohawk_nas.mixer import build_mixer, mixer_config
 from mohawk_nas.student import install_mixers
@@ -102,11 +102,31 @@ def test_a_written_out_gelu_is_fused_for_a_while():
     activation = model.base_model.layers[0].mlp.activation_fn
     assert type(activation) is NewGELUActivation
     expected = model(tokens).logits
-    with pytest.raises(KeyboardInterrupt), fused_activations(model):
+    with pytest.raises(KeyboardInterrupt), fused_parts(model):
         assert type(model.base_model.layers[0].mlp.activation_fn) is torch.nn.GELU
         torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
         raise KeyboardInterrupt
     assert model.base_model.layers[0].mlp.activation_fn is activation
+    assert torch.equal(model(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_written_out_norm_is_fused_for_a_while(device):
+    model, (tokens, _) = model_of("llama").to(device), tokens_and_mask(False)
+    tokens = tokens.to(device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.rand_like(parameter))
+    expected = model(tokens).logits
+    wanted = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    # The same model twice, as students that share parts.
+    with fused_parts(model, model):
+        fused = model(tokens).logits
+        found = torch.autograd.grad(fused.square().sum(), list(model.parameters()))
+    assert (device == "cpu") == torch.equal(fused, expected)
+    for one, other in zip((fused, *found), (expected, *wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
     assert torch.equal(model(tokens).logits, expected)
 
 

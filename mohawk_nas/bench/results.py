@@ -27,7 +27,6 @@ PACKAGES = (
     "triton",
     "transformers",
     "mamba-ssm",
-    "causal-conv1d",
 )
 
 

@@ -19,7 +19,7 @@ from mohawk_nas.data import TokenBlocks
 from mohawk_nas.distill.graph import RecordedStep, side_by_side
 from mohawk_nas.distill.losses import loss_of_hidden
 from mohawk_nas.distill.optimizer import ClippedAdamW
-from mohawk_nas.fusion import fused_activations
+from mohawk_nas.fusion import fused_parts
 from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import BlockFigures, body, evaluate_blocks
 from mohawk_nas.student import MixerSlot, MixerSource, assemble, decoder_layers, is_trained
@@ -223,7 +223,7 @@ class LogitsTrainer:
 
     def _add_gradients(self, tokens: Tensor) -> None:
         teacher, config = self.teacher, self.config
-        with fused_activations(teacher.model, *self.students):
+        with fused_parts(teacher.model, *self.students):
             target = teacher.run(tokens)
 
             def add(number: int) -> None:

@@ -31,7 +31,7 @@ from mohawk_nas.distill.logits_trainer import (
 from mohawk_nas.distill.losses import loss_of_hidden
 from mohawk_nas.distill.optimizer import ClippedAdamW
 from mohawk_nas.distill.several import BYTES_A_PARAMETER
-from mohawk_nas.fusion import fused_activations
+from mohawk_nas.fusion import fused_parts
 from mohawk_nas.metrics import BlockFigures, body, evaluate_blocks
 from mohawk_nas.ranks import num_ranks, of_every, rank
 from mohawk_nas.student import MixerSlot, decoder_layers
@@ -102,7 +102,7 @@ class _RanksTrainer(LogitsTrainer):
         """
         device = self.teacher.device
         self._figures.zero_()
-        with fused_activations(self.teacher.model, *self.students):
+        with fused_parts(self.teacher.model, *self.students):
             for number, tokens in enumerate(batches):
                 exchanges = number + 1 == len(batches)
                 self._add_share(_sent(tokens, device), exchanges=exchanges)

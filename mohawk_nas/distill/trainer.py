@@ -28,7 +28,7 @@ from mohawk_nas.distill.hidden import hidden_loss
 from mohawk_nas.distill.matrix import matrix_loss
 from mohawk_nas.distill.optimizer import MAX_BAD_STEPS, ClippedAdamW, learning_rate
 from mohawk_nas.errors import TrainingError
-from mohawk_nas.fusion import fused_activations
+from mohawk_nas.fusion import fused_parts
 from mohawk_nas.mixer import Mixer
 from mohawk_nas.precision import computing_in
 from mohawk_nas.reporting import Reporter, Task
@@ -179,7 +179,7 @@ class LayerTrainer:
                 found[number] = self._update(self.jobs[number], capture)
 
         matrices = self.stage.name == "matrix"
-        with fused_activations(self.teacher.model):
+        with fused_parts(self.teacher.model):
             self.teacher.show(tokens, on_layer, layers=self._by_layer, matrices=matrices)
         losses = torch.stack([found[number][0] for number in range(len(found))])
         refused = torch.stack([found[number][1] for number in range(len(found))])

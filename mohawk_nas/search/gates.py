@@ -24,7 +24,7 @@ from mohawk_nas.config import LogitsConfig
 from mohawk_nas.distill.graph import RecordedStep
 from mohawk_nas.distill.losses import loss_of_hidden
 from mohawk_nas.errors import TrainingError
-from mohawk_nas.fusion import fused_activations
+from mohawk_nas.fusion import fused_parts
 from mohawk_nas.metrics import body
 from mohawk_nas.recall import RecallProbe
 from mohawk_nas.reporting import SILENT, Reporter
@@ -142,7 +142,7 @@ def learn_gates(
 
     def step(tokens: Tensor, *asked: Tensor) -> None:
         gates[:] = soft_top_k(worth, kept, temperature).unbind()
-        with fused_activations(teacher.model, student):
+        with fused_parts(teacher.model, student):
             target = teacher.run(tokens)
             hidden = body(student, tokens)
             loss = loss_of_hidden(teacher.model, target, student, hidden, tokens, config)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -20,7 +21,7 @@ from mohawk_nas.capture import LayerCapture
 from mohawk_nas.config import FIGURES
 from mohawk_nas.data import TokenBlocks
 from mohawk_nas.distill.hidden import relative_distance
-from mohawk_nas.fusion import fused_activations
+from mohawk_nas.fusion import fused_parts
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.metrics import blocks_at_once, kl_of_hidden, kl_to, row_chunks
 from mohawk_nas.mixer import MixerConfig, mixer_config
@@ -124,7 +125,7 @@ class BankScorer:
         kl: list[Tensor] = []
         cascade: list[Tensor] = []
         targets = self._mixer_outputs if "stage2_cascade" in self.weights else None
-        with fused_activations(self.teacher.model, self._runner.model):
+        with fused_parts(self.teacher.model, self._runner.model):
             for number, (hidden, distance) in enumerate(self._runner.run(layout, targets)):
                 cascade.append(distance)
                 if "kl" in self.weights:
@@ -137,7 +138,7 @@ class BankScorer:
         """Share of the teacher's recall that is lost; questions are dealt out to the blocks."""
         assert self.probe is not None
         model, shares = self._asked.model, []
-        with fused_activations(self.teacher.model, model):
+        with fused_parts(self.teacher.model, model):
             for tokens, (hidden, _) in zip(self._questions, self._asked.run(layout), strict=True):
                 shares.append(self.probe.right(model, hidden, tokens))
         right: Tensor = torch.cat(shares).unflatten(0, (-1, len(self.blocks))).mean(0)
@@ -178,8 +179,11 @@ class BankScorer:
     @cached_property
     def _questions(self) -> list[Tensor]:
         assert self.probe is not None
-        at_once = self._batches[0].numel() // self.probe.tokens.shape[1]
-        return list(self.probe.batches(max(1, at_once)))
+        # In about as many tokens at once as the text, and no small batch at the end: on a GPU it
+        # would take Python as long as a large one.
+        asked = self.probe.tokens
+        count = max(1, round(asked.numel() / self._batches[0].numel()))
+        return list(self.probe.batches(math.ceil(len(asked) / count)))
 
     def _kl(self, number: int, hidden: Tensor) -> Tensor:
         student, tokens = self._runner.model, self._batches[number]
@@ -258,7 +262,7 @@ class BankScorer:
                 distance = relative_distance(output, capture.output)
                 parts.setdefault((layer, name), []).append(distance.cpu())
 
-        with fused_activations(self.teacher.model):
+        with fused_parts(self.teacher.model):
             for tokens in self._batches:
                 self.teacher.run(tokens.to(self.teacher.device), on_layer=on_layer, layers=names)
         return {pair: torch.cat(rows) for pair, rows in parts.items()}
