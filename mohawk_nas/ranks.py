@@ -24,9 +24,11 @@ from torch.distributed.rendezvous import rendezvous
 from mohawk_nas.errors import MohawkError, RunError
 
 __all__ = [
+    "GPU_SHARERS",
     "StopRequest",
     "any_rank",
     "first_is_ready",
+    "gpu_sharers",
     "joined",
     "local_rank",
     "my_share",
@@ -44,6 +46,15 @@ T = TypeVar("T")
 
 PATIENCE = datetime.timedelta(days=7)
 """How long a rank waits for the slowest."""
+
+
+GPU_SHARERS = "MOHAWK_NAS_GPU_SHARERS"
+"""In a worker's environment: workers that share its GPU."""
+
+
+def gpu_sharers() -> int:
+    """Workers that share this one's GPU and its memory, itself included."""
+    return int(os.environ.get(GPU_SHARERS, 1))
 
 
 def num_ranks() -> int:

@@ -27,6 +27,7 @@ from tiny_study import make_study, make_teacher
 
 from mohawk_nas import pipeline
 from mohawk_nas.errors import ConfigError, RunError, TrainingError
+from mohawk_nas.ranks import GPU_SHARERS
 from mohawk_nas.reporting import Silent
 from mohawk_nas.search.leases import DEFAULT_PACE, Leases, Pace, Worker
 from mohawk_nas.search.ledger import Ledger
@@ -618,10 +619,11 @@ def test_each_worker_gets_its_share_of_the_machine(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     seen = [e["CUDA_VISIBLE_DEVICES"] for e in environments(3, "auto")]
     assert seen == ["0", "1", "0"]
+    assert [e[GPU_SHARERS] for e in environments(3, "auto")] == ["2"] * 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
     seen = [e["CUDA_VISIBLE_DEVICES"] for e in environments(3, "cuda")]
     assert seen == ["5", "GPU-7", "5"]
-    assert environments(2, "cuda:1") == [{}, {}]
+    assert environments(2, "cuda:1") == [{GPU_SHARERS: "2"}] * 2
 
 
 # Processes of one command

@@ -15,6 +15,7 @@ from mohawk_nas.distill.optimizer import learning_rate
 from mohawk_nas.distill.trainer import READ_EVERY, num_steps
 from mohawk_nas.errors import InputError, TrainingError
 from mohawk_nas.layout import Layout
+from mohawk_nas.ranks import gpu_sharers
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.student import MixerSource, assemble
 from mohawk_nas.teacher import Teacher
@@ -37,7 +38,7 @@ def students_at_once(teacher: Teacher) -> int:
         return MOST_AT_ONCE
     each: int = BYTES_A_PARAMETER * sum(p.numel() for p in teacher.model.parameters())
     free, _ = torch.cuda.mem_get_info(teacher.device)
-    return max(1, min(MOST_AT_ONCE, int(free) // (2 * each)))
+    return max(1, min(MOST_AT_ONCE, int(free) // (2 * each * gpu_sharers())))
 
 
 def distil_layouts(

@@ -26,6 +26,7 @@ from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.metrics import blocks_at_once, kl_of_hidden, kl_to, row_chunks
 from mohawk_nas.mixer import MixerConfig, mixer_config
 from mohawk_nas.precision import run_mixer
+from mohawk_nas.ranks import gpu_sharers
 from mohawk_nas.recall import RecallProbe
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.search.prefixes import HybridRunner
@@ -299,7 +300,7 @@ def _memory_for(device: torch.device) -> dict[str, int]:
     # What training has left is given back first.
     _collect(device)
     free, _ = torch.cuda.mem_get_info(device)
-    return {name: int(share * free) for name, share in KEPT_SHARES.items()}
+    return {name: int(share * free / gpu_sharers()) for name, share in KEPT_SHARES.items()}
 
 
 def _collect(device: torch.device) -> None:

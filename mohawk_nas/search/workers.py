@@ -22,6 +22,7 @@ import torch
 
 from mohawk_nas.config import StudyConfig
 from mohawk_nas.errors import MohawkError, TrainingError
+from mohawk_nas.ranks import GPU_SHARERS
 from mohawk_nas.reporting import SILENT, Reporter, Task
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.leases import DEFAULT_PACE, Pace
@@ -51,17 +52,22 @@ def environments(count: int, device: str) -> list[dict[str, str]]:
     Args:
         count: Workers.
         device: As ``teacher.device``. Each worker sees one GPU, in turn, unless one is named by
-            its number or there is none; on a CPU the threads are shared out.
+            its number or there is none; on a CPU the threads are shared out. More workers than
+            GPUs share them: a small model leaves a GPU waiting for Python.
     """
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if not on_gpu:
         return [{"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}] * count
     if device not in ("auto", "cuda"):
-        return [{}] * count
+        return [{GPU_SHARERS: str(count)}] * count
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     visible = [item.strip() for item in named.split(",") if item.strip()]
     visible = visible or [str(i) for i in range(torch.cuda.device_count())]
-    return [{"CUDA_VISIBLE_DEVICES": visible[i % len(visible)]} for i in range(count)]
+    sharers = str(-(-count // len(visible)))
+    return [
+        {"CUDA_VISIBLE_DEVICES": visible[i % len(visible)], GPU_SHARERS: sharers}
+        for i in range(count)
+    ]
 
 
 @dataclass
