@@ -51,6 +51,12 @@ T = TypeVar("T")
 
 Mode = Literal["one", "ddp", "fsdp"]
 
+MOST_LAYERS_AT_ONCE = 4
+"""Layers of FSDP2 that are gathered together; with more of them exchanges have nothing to run
+beside."""
+PARAMETERS_AT_ONCE = 2**28
+"""Most parameters of these layers."""
+
 
 def parallel_mode(config: LogitsConfig, teacher: Teacher) -> Mode:
     """How the processes of this run share stage 3; ``one`` if there is one.
@@ -351,11 +357,11 @@ def _summed(flat: Tensor) -> torch.futures.Future[Tensor]:
 class ShardedTrainer(_RanksTrainer):
     """Every rank holds a part of each of the student's tensors.
 
-    Weights of a layer are gathered one layer ahead, in the teacher's type; those of mixers in
+    Weights of a layer are gathered before it runs, in the teacher's type; those of mixers in
     float32. Where half of a GPU has room, every rank holds the teacher whole and keeps what was
-    gathered for a forward pass until its backward pass; else the teacher's layers are divided, too,
-    and everything is gathered whenever it runs. What the optimizer sees are this rank's parts, as
-    plain tensors.
+    gathered for a forward pass, some layers at once, until its backward pass; else the teacher's
+    layers are divided, too, and everything is gathered whenever it runs. What the optimizer sees
+    are this rank's parts, as plain tensors.
 
     Args:
         teacher: Frozen. If it does not fit, its layers are sharded in place: it can then only be
@@ -382,10 +388,13 @@ class ShardedTrainer(_RanksTrainer):
         lowered = teacher.model.dtype == torch.bfloat16
         # What a layer makes of it is never written in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        at_once = self._layers_at_once(student)
         self._whole = self._root = _shard_student(
-            student, self.mesh, lowered=lowered, keeps=self._held.layers
+            student, self.mesh, lowered=lowered, keeps=self._held.layers, at_once=at_once
         )
-        self._groups: list[FSDPModule] = _groups(self._root)
+        self._groups = _groups(self._root)
+        first = [g for layer in decoder_layers(student)[:at_once] for g in _groups(layer)]
+        self._begins_with = [self._root, *first]
         self._exchanges = True
         # The first run of all puts tensors that do not divide evenly into other memory.
         self._run(lambda student: None)
@@ -403,6 +412,16 @@ class ShardedTrainer(_RanksTrainer):
         self._figures = torch.zeros(1, 2, device=device)
         self._steps = []
         self._under_way = []
+
+    def _layers_at_once(self, student: nn.Module) -> int:
+        """Small layers are gathered together: Python's part of an exchange does not shrink."""
+        if not self._held.layers or self.config.activation_checkpointing:
+            # What is run again is run layer by layer.
+            return 1
+        largest = max(
+            sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(student)
+        )
+        return max(1, min(MOST_LAYERS_AT_ONCE, PARAMETERS_AT_ONCE // largest))
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights as a whole, on the CPU; empty on other ranks than the first."""
@@ -463,7 +482,7 @@ class ShardedTrainer(_RanksTrainer):
                 # Between two batches of a step no weight moves.
                 self._root.set_reshard_after_backward(exchanges)
         # What the student begins with, while the teacher runs.
-        for group in self._groups[:2]:
+        for group in self._begins_with:
             group.unshard(async_op=True)
         self._loss(tokens).backward()
 
@@ -491,23 +510,39 @@ class ShardedTrainer(_RanksTrainer):
             tensor.copy_(whole)
 
 
-def _shard_student(student: nn.Module, mesh: DeviceMesh, *, lowered: bool, keeps: bool) -> Any:
-    """The student as one sharded module: mixers, then layers, then what remains."""
+def _shard_student(
+    student: nn.Module, mesh: DeviceMesh, *, lowered: bool, keeps: bool, at_once: int
+) -> Any:
+    """The student as one sharded module: mixers, then layers, then what remains.
+
+    Args:
+        student: Sharded in place.
+        mesh: Of all ranks.
+        lowered: Whether stock parts are computed in bfloat16.
+        keeps: Whether what is gathered for a forward pass stays until the backward pass.
+        at_once: Layers that are gathered together, and mixers.
+    """
     stock = MixedPrecisionPolicy()
     if lowered:
         stock = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for module in student.modules():
-        if isinstance(module, MixerSlot):
-            fully_shard(module.mixer, mesh=mesh, reshard_after_forward=not keeps)
     layers: list[Any] = decoder_layers(student)
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=stock, reshard_after_forward=not keeps)
+    starts = range(0, len(layers), at_once)
+    for start in starts:
+        together = layers[start : start + at_once]
+        slots = [m for layer in together for m in layer.modules() if isinstance(m, MixerSlot)]
+        mixers: list[nn.Module] = [slot.mixer for slot in slots]
+        if mixers:
+            fully_shard(mixers, mesh=mesh, reshard_after_forward=not keeps)
+        fully_shard(together, mesh=mesh, mp_policy=stock, reshard_after_forward=not keeps)
     root: Any = _Whole(student)
     fully_shard(root, mesh=mesh, mp_policy=stock)
-    # A layer's parts must be under way before Python comes to it, where Python is the slower one.
+    # What runs next must be under way before Python comes to it, where Python is the slower one.
     # Mixers ask for nothing: they are run again where layers are checkpointed.
-    for before, layer in zip([root, *layers], layers, strict=False):
-        before.set_modules_to_forward_prefetch(_groups(layer))
+    before = root
+    for start in starts:
+        together = layers[start : start + at_once]
+        before.set_modules_to_forward_prefetch([g for layer in together for g in _groups(layer)])
+        before = together[0]
     if mesh.device_type == "cpu":
         for group in _groups(root):
             # gloo knows no mean.
@@ -516,7 +551,7 @@ def _shard_student(student: nn.Module, mesh: DeviceMesh, *, lowered: bool, keeps
 
 
 def _groups(module: nn.Module) -> list[Any]:
-    """The parts of a sharded module that are gathered one by one, in the order they run."""
+    """All in a sharded module that is gathered by itself or with others, in the order it runs."""
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
