@@ -364,9 +364,9 @@ class LogitsConfig(StageConfig):
     """Steps whose loss or gradient was not finite before the run stops; none of them moves a
     weight."""
     parallel: Literal["auto", "ddp", "fsdp"] = field(default="auto", metadata=_SPEED_ONLY)
-    """How several processes share the work: each holds the whole student (DDP), or a part of
-    student and teacher (FSDP2). auto takes DDP where the student with its optimizer fills at most
-    half of a GPU."""
+    """How several processes share the work: each holds the whole student (DDP), or a part of it
+    and, where that is too large, of the teacher (FSDP2). auto takes DDP where the student with its
+    optimizer fills at most half of a GPU."""
     activation_checkpointing: bool = field(default=False, metadata=_SPEED_ONLY)
     """Keep of each layer its input alone and run the layer again in backward: less memory, and a
     third more of the student's operations."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mohawk_nas.config import StudyConfig, TeacherConfig
 from mohawk_nas.distill.logits import trainable_parameters
+from mohawk_nas.distill.parallel import bytes_of_parts
 from mohawk_nas.distill.trainer import num_steps
 from mohawk_nas.errors import ConfigError
 from mohawk_nas.layout import Layout
@@ -172,6 +173,8 @@ def make_forecast(
             # Added up in float32 over the pieces, a piece's own beside it.
             head += (4 + computes_in.itemsize) * teacher.vocab_size * width
         guides = _count(guide.model.parameters()) * taught_in.itemsize
+        parts = bytes_of_parts(trained_mixers + trained_stock, frozen, gpus)
+        gathered = 4 * trained_mixers + computes_in.itemsize * stock_params
         stages["3 (logits)"] = StageForecast(
             tokens=logits.tokens,
             steps=num_steps(logits, length) // logits.accumulate,
@@ -187,12 +190,11 @@ def make_forecast(
             },
             options={
                 "the backward pass with every layer checkpointed": blocks * by_layers,
-                # All of it in float32.
                 **(
                     {
-                        f"the student sharded over {gpus} GPUs": -(
-                            -(16 * (trained_mixers + trained_stock) + 4 * frozen) // gpus
-                        )
+                        f"the student sharded over {gpus} GPUs": parts,
+                        "the same, layers kept from forward to backward": parts + gathered,
+                        f"stage 3's teacher sharded over {gpus} GPUs": -(-guides // gpus),
                     }
                     if gpus > 1
                     else {}

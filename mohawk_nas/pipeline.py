@@ -563,7 +563,7 @@ def _train_all_stages(
     except DamagedFile as e:
         raise told_once(RunError(f"{e}; use --force to set {folder} aside and start anew")) from e
     if mode == "fsdp" and rank() == 0:
-        # Of the teacher only parts are here, too.
+        # Of a large teacher only parts are here, too.
         del undistilled, guide
         bench.release()
         student = assemble(bench.teacher, best.layout, bank, share=False).cpu().float()

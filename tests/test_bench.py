@@ -190,7 +190,13 @@ def test_too_little_memory_is_an_answer_only_where_it_is_expected(
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB")
 
-    monkeypatch.setattr(matrix, "plain_distance", full)
+    def full_while_recorded(*args, **kwargs):
+        try:
+            full()
+        finally:
+            raise RuntimeError("CUDA error: capturing stream has unjoined work")
+
+    monkeypatch.setattr(matrix, "plain_distance", full_while_recorded)
     monkeypatch.setattr("mohawk_nas.bench.scan._operands", full)
     found, written = bench(tmp_path, suite)
     assert found == code

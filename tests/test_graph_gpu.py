@@ -1,6 +1,7 @@
 """Steps that are replayed from a CUDA graph do what plain ones do."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -186,3 +187,30 @@ def test_what_a_recording_holds_is_given_back():
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before + 2**22
+
+
+def test_memory_that_runs_out_in_a_recording_is_free_again():
+    def step(tokens):
+        if torch.cuda.is_current_stream_capturing():
+            # On a stream that joins no more, as where a backward pass fails.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                kept = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+                kept[: tokens.shape[0]] = 1
+                torch.empty(torch.cuda.mem_get_info()[1], dtype=torch.uint8, device="cuda")
+
+    recorded = RecordedStep(step, torch.device("cuda", torch.cuda.current_device()))
+    stream, tokens = torch.cuda.current_stream(), torch.zeros(2, dtype=torch.long)
+    for _ in range(graph.PLAIN_STEPS):
+        recorded(tokens)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with pytest.raises(torch.OutOfMemoryError):
+        recorded(tokens)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+    assert torch.cuda.current_stream() == stream
+    torch.zeros(2**20, device="cuda").sum().item()

@@ -138,6 +138,10 @@ def test_a_forecast_counts_what_the_student_is(tmp_path):
     again = whole.stages["3 (logits)"]
     assert again.memory["student: weights, masters, gradients, moments"] == states
     assert again.options["the student sharded over 2 GPUs"] == 16 * (mixer_params + stock) // 2
+    kept = again.options["the same, layers kept from forward to backward"]
+    assert kept == 8 * (mixer_params + stock) + 4 * mixer_params + 2 * stock
+    divided = again.options["stage 3's teacher sharded over 2 GPUs"]
+    assert divided == again.memory["teacher's weights"] // 2 == teacher
     # Each process has half of a step's blocks.
     needs = "what the backward pass needs"
     alone = make_forecast(

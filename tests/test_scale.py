@@ -1,5 +1,6 @@
 """Stage 3 on several processes: what comes out, what is left after a kill, who stops when."""
 
+import copy
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from tiny_study import make_streamed_study, make_study, make_teacher, make_text
 
 from mohawk_nas import pipeline, ranks
 from mohawk_nas.config import LogitsConfig, dump
-from mohawk_nas.distill import checkpoints
+from mohawk_nas.distill import checkpoints, parallel
 from mohawk_nas.distill.logits_trainer import LogitsTrainer, student_to_train
 from mohawk_nas.distill.parallel import (
     DataParallelTrainer,
@@ -117,6 +118,25 @@ def test_two_processes_do_what_one_does(whole, mode):
     assert {record["rank"] for record in records} == {0, 1}
     assert not list(folder.glob("checkpoint.safetensors"))
     assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
+
+
+def no_room():
+    """What does not fit is divided, and gathered whenever it runs."""
+    parallel._room = lambda device: 0.0
+
+
+def test_what_is_gathered_when_changes_no_bit(fresh, whole, tmp_path):
+    run = fresh("divided")
+
+    def killed():
+        no_room()
+        processes.die_in(6, rank=1)
+
+    assert distil(2, run, "fsdp", before=killed)[1] == -signal.SIGKILL
+    log = tmp_path / "log.txt"
+    assert distil(2, run, "fsdp", before=no_room, log=log) == [0, 0]
+    assert "continuing after step 4 of 10" in log.read_text()
+    assert_same(run / "distill", whole(2, "fsdp"))
 
 
 def test_torchrun_restarts_what_was_killed_and_ends_as_unbroken(fresh, whole):
@@ -361,8 +381,27 @@ def test_what_decides_speed_alone_may_change_between_two_commands(fresh, whole):
     assert "schedule" not in raw["distill"]["logits"] and "teacher" not in raw["distill"]
 
 
-@pytest.mark.parametrize(("which", "recomputes"), [("all", True), ("mixers", False)])
-def test_beside_a_bfloat16_teacher_sums_are_float32_and_the_same(tmp_path, which, recomputes):
+def test_what_every_process_holds_whole_follows_from_room(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    teacher = Teacher(tiny_model("llama").to(torch.bfloat16))
+    student = copy.deepcopy(teacher.model).float().requires_grad_(True)
+    count = sum(parameter.numel() for parameter in student.parameters())
+    for accumulate, taken in ((1, 4 * count), (2, 8 * count)):
+        # Of both are two bytes a parameter gathered.
+        config = LogitsConfig(accumulate=accumulate)
+        found = []
+        for room in (taken + 4 * count, taken + 4 * count - 1, taken + 2 * count - 1):
+            monkeypatch.setattr(parallel, "_room", lambda device, room=room: room)
+            held = parallel._Held.by_memory(teacher, student, config)
+            found.append((held.teacher, held.layers))
+        assert found == [(True, True), (True, False), (False, False)]
+
+
+@pytest.mark.parametrize(
+    ("which", "recomputes", "fits"),
+    [("all", True, True), ("mixers", False, True), ("all", True, False)],
+)
+def test_beside_a_bfloat16_teacher_sums_are_float32_and_the_same(tmp_path, which, recomputes, fits):
     config = LogitsConfig(
         batch_size=4,
         accumulate=2,
@@ -375,6 +414,8 @@ def test_beside_a_bfloat16_teacher_sums_are_float32_and_the_same(tmp_path, which
     batches = torch.randint(3, 61, (6, 4, 16), generator=generator)
 
     def train(mode):
+        if mode == "fsdp" and not fits:
+            no_room()
         # Of what stands once a head one of two processes has no part.
         heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
         model = tiny_model("llama", tie_word_embeddings=True, **heads)

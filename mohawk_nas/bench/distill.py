@@ -39,6 +39,9 @@ def cases(setup: Setup) -> Iterator[Case]:
     shapes = setup.step_shapes(setup.shape.distill_batch_size)
     if num_ranks() > 1:
         mode = parallel_mode(LogitsConfig(parallel=setup.options.parallel), setup.teacher)
+        if mode == "fsdp":
+            # Each case has its own; one more would stand beside it.
+            del setup.teacher
         for recomputes in (False, True):
             case = f"{mode}, layers run again" if recomputes else mode
             blank = setup.blank("distill", case, **shapes, ranks=num_ranks())
@@ -65,7 +68,7 @@ def _measure(
     timings: list[Timing],
     blank: Record,
 ) -> Iterable[Record]:
-    # A teacher that is sharded is no use to the next case.
+    # One that is sharded is no use to the next case.
     teacher = setup.load_teacher() if mode == "fsdp" else setup.teacher
     batch_size = setup.shape.distill_batch_size
     bank, layouts = FreshBank(setup, teacher), setup.layouts(count)

@@ -8,13 +8,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from mohawk_nas.bench import search
 from mohawk_nas.bench.options import Options
 from mohawk_nas.bench.results import Record, Results, environment
 from mohawk_nas.bench.setup import Case, Setup
 from mohawk_nas.bench.timing import release
+from mohawk_nas.distill.graph import out_of_memory
 from mohawk_nas.errors import InputError
 from mohawk_nas.files import DamagedFile, read_json
 from mohawk_nas.ranks import num_ranks
@@ -111,8 +110,7 @@ def _records(case: Case) -> list[Record]:
         if num_ranks() > 1:
             # The others may be in the midst of an exchange, so nothing can follow.
             raise
-        out_of_memory = isinstance(e, torch.OutOfMemoryError) or "can't allocate" in str(e)
-        if out_of_memory and case.may_run_out:
+        if case.may_run_out and (out_of_memory(e) or "can't allocate" in str(e)):
             found.append(dataclasses.replace(case.blank, left_out="out of memory"))
         else:
             found.append(dataclasses.replace(case.blank, error=_line(e)))

@@ -10,11 +10,14 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["RecordedStep", "side_by_side"]
+__all__ = ["RecordedStep", "out_of_memory", "side_by_side"]
 
 log = logging.getLogger(__name__)
 
@@ -96,18 +99,55 @@ class RecordedStep:
 
     def _record(self) -> None:
         self._can_record = False
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        stream = _side_stream(torch.cuda.current_device())
+        # NCCL has a thread that looks at events at any time.
+        mode = "thread_local" if dist.is_available() and dist.is_initialized() else "global"
+        recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode)
         try:
-            with torch.cuda.graph(graph, stream=_side_stream(torch.cuda.current_device())):
+            # A recording that fails leaves its own stream the current one.
+            with torch.cuda.stream(torch.cuda.current_stream()), recording:
                 self._step(*self._inputs)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except RuntimeError as e:
             torch.cuda.synchronize()
+            _discard(graph, pool)
+            if (ran_out := out_of_memory(e)) is not None:
+                raise ran_out from None
             reason = str(e).splitlines()[0]
             log.warning("the step cannot be recorded as a CUDA graph and runs slowly: %s", reason)
         else:
             self._graph = graph
+
+
+def out_of_memory(error: BaseException) -> torch.OutOfMemoryError | None:
+    """The want of GPU memory that an error is, or that was met before it; None if it is another.
+
+    Where memory runs out in a recording, the recording cannot be ended either, and that is the
+    error that is raised.
+    """
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, torch.OutOfMemoryError):
+        found = found.__cause__ or found.__context__
+    return found
+
+
+def _discard(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Give back the memory of a recording that failed."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        # It was not ended, so the allocator still keeps its memory for it, and gives back no other
+        # memory when it runs out, either.
+        device = torch.cuda.current_device()
+        # Releases before torch 2.8 know it by another name.
+        names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
+        end: Any = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
+        with suppress(RuntimeError):
+            end(device, pool)
+        with suppress(RuntimeError):
+            torch._C._cuda_releasePool(device, pool)
+    graph.reset()
+    torch.cuda.empty_cache()
 
 
 def side_by_side(parts: Sequence[Callable[[], None]], device: torch.device) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mohawk_nas.config import LogitsConfig
 from mohawk_nas.data import TokenBlocks
-from mohawk_nas.distill.graph import MAX_AHEAD
+from mohawk_nas.distill.graph import MAX_AHEAD, RecordedStep
 from mohawk_nas.distill.logits_trainer import (
     LogitsTrainer,
     keeping_inputs_alone,
@@ -37,11 +38,24 @@ from mohawk_nas.ranks import num_ranks, of_every, rank
 from mohawk_nas.student import MixerSlot, decoder_layers
 from mohawk_nas.teacher import Teacher
 
-__all__ = ["DataParallelTrainer", "Mode", "ShardedTrainer", "make_trainer", "parallel_mode"]
+__all__ = [
+    "DataParallelTrainer",
+    "Mode",
+    "ShardedTrainer",
+    "bytes_of_parts",
+    "make_trainer",
+    "parallel_mode",
+]
 
 T = TypeVar("T")
 
 Mode = Literal["one", "ddp", "fsdp"]
+
+MOST_LAYERS_AT_ONCE = 4
+"""Layers of FSDP2 that are gathered together; with more of them exchanges have nothing to run
+beside."""
+PARAMETERS_AT_ONCE = 2**28
+"""Most parameters of these layers."""
 
 
 def parallel_mode(config: LogitsConfig, teacher: Teacher) -> Mode:
@@ -58,8 +72,60 @@ def parallel_mode(config: LogitsConfig, teacher: Teacher) -> Mode:
     if teacher.device.type != "cuda":
         return "ddp"
     needed: int = BYTES_A_PARAMETER * sum(p.numel() for p in teacher.model.parameters())
-    memory = torch.cuda.get_device_properties(teacher.device).total_memory
-    return "ddp" if 2 * needed <= memory else "fsdp"
+    return "ddp" if needed <= _room(teacher.device) else "fsdp"
+
+
+def bytes_of_parts(trained: int, frozen: int, ranks: int) -> int:
+    """What each rank holds of a student that FSDP2 divides, all of it in float32.
+
+    Args:
+        trained: Parameters with gradient and two moments.
+        frozen: Parameters without.
+        ranks: Among which they are divided.
+    """
+    return -(-(16 * trained + 4 * frozen) // ranks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Held:
+    """What every rank holds whole under FSDP2 because it fits, and so need not be gathered."""
+
+    teacher: bool
+    """For all of training."""
+    layers: bool
+    """Those of the student from a batch's forward pass to its backward pass."""
+
+    @classmethod
+    def by_memory(cls, teacher: Teacher, student: nn.Module, config: LogitsConfig) -> _Held:
+        """The teacher first, then the student's layers, in half of the memory: rest is for text."""
+        in_mixers = {
+            parameter
+            for module in student.modules()
+            if isinstance(module, MixerSlot)
+            for parameter in module.parameters()
+        }
+        lowered = 2 if teacher.model.dtype == torch.bfloat16 else 4
+        counts = {True: 0, False: 0}
+        gathered = 0
+        for parameter in student.parameters():
+            counts[parameter.requires_grad] += parameter.numel()
+            gathered += parameter.numel() * (4 if parameter in in_mixers else lowered)
+        taken = bytes_of_parts(counts[True], counts[False], num_ranks())
+        if config.accumulate > 1:
+            # Gradients are whole until the last batch of a step.
+            taken += 4 * counts[True]
+        whole = sum(p.numel() * p.element_size() for p in teacher.model.parameters())
+        room = _room(teacher.device)
+        holds_teacher = taken + whole <= room
+        taken += whole if holds_teacher else whole // num_ranks()
+        return cls(teacher=holds_teacher, layers=taken + gathered <= room)
+
+
+def _room(device: torch.device) -> float:
+    """Half of the smallest rank's memory, in bytes; on a CPU nobody counts."""
+    if device.type != "cuda":
+        return float("inf")
+    return min(of_every(torch.cuda.get_device_properties(device).total_memory)) / 2
 
 
 def make_trainer(
@@ -87,11 +153,41 @@ class _Whole(nn.Module):
         return work(self.student)
 
 
+class _RecordedTeacher:
+    """A teacher that a rank holds whole, run without Python: see :class:`RecordedStep`.
+
+    Python then prepares the student's step while the GPU still runs the teacher, which makes up for
+    what the engines' hooks take.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self._said: Tensor | None = None
+        self._run = RecordedStep(self._say, teacher.device)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """:meth:`Teacher.run` of tokens on the CPU; valid until the next call."""
+        self._run(tokens)
+        assert self._said is not None
+        return self._said
+
+    def release(self) -> None:
+        self._run.release()
+        self._said = None
+
+    def _say(self, tokens: Tensor) -> None:
+        hidden = self._teacher.run(tokens)
+        if self._said is None:
+            self._said = torch.empty_like(hidden)
+        self._said.copy_(hidden)
+
+
 class _RanksTrainer(LogitsTrainer):
     """What both ways have in common: one student, a share of each batch, agreement on each step."""
 
     _whole: Callable[..., Any]
     _under_way: list[torch.cuda.Event]
+    _recorded: _RecordedTeacher | None = None
 
     def step(self, batches: Sequence[Tensor], rate: float) -> None:
         """Train on this rank's shares of some batches as if they were one.
@@ -100,12 +196,11 @@ class _RanksTrainer(LogitsTrainer):
             batches: ``(B / ranks, T)`` each, on the CPU.
             rate: Learning rate.
         """
-        device = self.teacher.device
         self._figures.zero_()
         with fused_parts(self.teacher.model, *self.students):
             for number, tokens in enumerate(batches):
                 exchanges = number + 1 == len(batches)
-                self._add_share(_sent(tokens, device), exchanges=exchanges)
+                self._add_share(tokens, exchanges=exchanges)
         for optimizer in self.optimizers:
             optimizer.set_rate(rate)
         # A number that is not finite on one rank is not finite in the sum.
@@ -148,7 +243,8 @@ class _RanksTrainer(LogitsTrainer):
 
     def _loss(self, tokens: Tensor) -> Tensor:
         teacher, config = self.teacher, self.config
-        target = teacher.run(tokens)
+        on_cpu, tokens = tokens, _sent(tokens, teacher.device)
+        target = teacher.run(tokens) if self._recorded is None else self._recorded(on_cpu)
 
         def work(student: Any) -> Tensor:
             hidden = body(student, tokens)
@@ -197,9 +293,13 @@ class DataParallelTrainer(_RanksTrainer):
         )
         self._whole = self._wrapped = wrapped
         self._settle_buckets()
+        # Whose inputs keep their shape from now on.
+        self._recorded = _RecordedTeacher(teacher)
 
     def release(self) -> None:
         super().release()
+        if self._recorded is not None:
+            self._recorded.release()
         self._whole = self._wrapped = None  # type: ignore[assignment]
 
     def _settle_buckets(self) -> None:
@@ -208,7 +308,7 @@ class DataParallelTrainer(_RanksTrainer):
         DDP does so after its first backward pass, and sums over three ranks or more depend on
         where in a bucket a number stands: a run that goes on must not begin with other buckets.
         """
-        tokens = torch.zeros(1, 8, dtype=torch.long, device=self.teacher.device)
+        tokens = torch.zeros(1, 8, dtype=torch.long)
         for _ in range(2):
             self._add_share(tokens, exchanges=True)
         self.optimizers[0].zero_grad(set_to_none=False)
@@ -255,14 +355,17 @@ def _summed(flat: Tensor) -> torch.futures.Future[Tensor]:
 
 
 class ShardedTrainer(_RanksTrainer):
-    """Every rank holds a part of each of the student's tensors, and of the teacher's.
+    """Every rank holds a part of each of the student's tensors.
 
-    Weights of a layer are gathered when it runs, one layer ahead, in the teacher's type; those of
-    mixers in float32. What the optimizer sees are this rank's parts, as plain tensors.
+    Weights of a layer are gathered before it runs, in the teacher's type; those of mixers in
+    float32. Where half of a GPU has room, every rank holds the teacher whole and keeps what was
+    gathered for a forward pass, some layers at once, until its backward pass; else the teacher's
+    layers are divided, too, and everything is gathered whenever it runs. What the optimizer sees
+    are this rank's parts, as plain tensors.
 
     Args:
-        teacher: Frozen. Its layers are sharded in place: it can then only be run by all ranks
-            together.
+        teacher: Frozen. If it does not fit, its layers are sharded in place: it can then only be
+            run by all ranks together.
         student: In float32, sharing no weights; sharded in place. It may stand on the CPU.
         config: Stage 3.
     """
@@ -276,12 +379,23 @@ class ShardedTrainer(_RanksTrainer):
         trained = trainable_parameters(student, config.trainable)
         for parameter in trained.values():
             parameter.requires_grad_(True)
+        self._held = _Held.by_memory(teacher, student, config)
         self.mesh = init_device_mesh(device.type, (num_ranks(),))
-        _shard_teacher(teacher, self.mesh)
+        if self._held.teacher:
+            self._recorded = _RecordedTeacher(teacher)
+        else:
+            _shard_teacher(teacher, self.mesh)
         lowered = teacher.model.dtype == torch.bfloat16
         # What a layer makes of it is never written in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-        self._whole = self._root = _shard_student(student, self.mesh, lowered=lowered)
+        at_once = self._layers_at_once(student)
+        self._whole = self._root = _shard_student(
+            student, self.mesh, lowered=lowered, keeps=self._held.layers, at_once=at_once
+        )
+        self._groups = _groups(self._root)
+        first = [g for layer in decoder_layers(student)[:at_once] for g in _groups(layer)]
+        self._begins_with = [self._root, *first]
+        self._exchanges = True
         # The first run of all puts tensors that do not divide evenly into other memory.
         self._run(lambda student: None)
         self._restore = keeping_inputs_alone(student) if config.activation_checkpointing else None
@@ -290,6 +404,7 @@ class ShardedTrainer(_RanksTrainer):
         self.parameters = [
             {name: nn.Parameter(_local(p.detach())) for name, p in self._sharded.items()}
         ]
+        self._pairs = [(part, self._sharded[name]) for name, part in self.parameters[0].items()]
         # Of a small tensor some ranks have no part.
         parts = [part for part in self.parameters[0].values() if part.numel()]
         self.optimizers = [ClippedAdamW(parts, config, whole_norm=self._norm_of_parts)]
@@ -297,6 +412,16 @@ class ShardedTrainer(_RanksTrainer):
         self._figures = torch.zeros(1, 2, device=device)
         self._steps = []
         self._under_way = []
+
+    def _layers_at_once(self, student: nn.Module) -> int:
+        """Small layers are gathered together: Python's part of an exchange does not shrink."""
+        if not self._held.layers or self.config.activation_checkpointing:
+            # What is run again is run layer by layer.
+            return 1
+        largest = max(
+            sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(student)
+        )
+        return max(1, min(MOST_LAYERS_AT_ONCE, PARAMETERS_AT_ONCE // largest))
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights as a whole, on the CPU; empty on other ranks than the first."""
@@ -332,7 +457,9 @@ class ShardedTrainer(_RanksTrainer):
                 self._put(tensor, state[key])
 
     def release(self) -> None:
-        """Nothing: the parts stay where they are, and the student is no use to a single rank."""
+        """The parts stay where they are, and the student is no use to a single rank."""
+        if self._recorded is not None:
+            self._recorded.release()
         if self._restore is not None:
             self._restore()
 
@@ -342,21 +469,32 @@ class ShardedTrainer(_RanksTrainer):
     def _run(self, work: Callable[[Any], T]) -> T:
         with torch.no_grad():
             found: T = self._root(work)
-        # What was gathered of the root would be taken for new when weights have moved.
-        self._root.reshard()
+        # What is still gathered would be taken for new when weights have moved.
+        for group in self._groups:
+            group.reshard()
         return found
 
     def _add_share(self, tokens: Tensor, *, exchanges: bool) -> None:
-        self._root.set_requires_gradient_sync(exchanges)
+        if exchanges != self._exchanges:
+            self._exchanges = exchanges
+            self._root.set_requires_gradient_sync(exchanges)
+            if self._held.layers:
+                # Between two batches of a step no weight moves.
+                self._root.set_reshard_after_backward(exchanges)
+        # What the student begins with, while the teacher runs.
+        for group in self._begins_with:
+            group.unshard(async_op=True)
         self._loss(tokens).backward()
 
+    # Without gradients a part is had without a node of autograd.
+    @torch.no_grad()
     def _move_weights(self) -> None:
-        for name, part in self.parameters[0].items():
-            gradient = self._sharded[name].grad
+        for part, sharded in self._pairs:
+            gradient = sharded.grad
             part.grad = torch.zeros_like(part) if gradient is None else _local(gradient)
-        super()._move_weights()
-        for name, part in self.parameters[0].items():
-            part.grad = self._sharded[name].grad = None
+        self._figures[0, 1] = self.optimizers[0].clipped_step(self._figures[0, 0])
+        for part, sharded in self._pairs:
+            part.grad = sharded.grad = None
 
     def _norm_of_parts(self, norm: Tensor) -> Tensor:
         squared = norm.square()
@@ -372,24 +510,49 @@ class ShardedTrainer(_RanksTrainer):
             tensor.copy_(whole)
 
 
-def _shard_student(student: nn.Module, mesh: DeviceMesh, *, lowered: bool) -> Any:
-    """The student as one sharded module: mixers, then layers, then what remains."""
+def _shard_student(
+    student: nn.Module, mesh: DeviceMesh, *, lowered: bool, keeps: bool, at_once: int
+) -> Any:
+    """The student as one sharded module: mixers, then layers, then what remains.
+
+    Args:
+        student: Sharded in place.
+        mesh: Of all ranks.
+        lowered: Whether stock parts are computed in bfloat16.
+        keeps: Whether what is gathered for a forward pass stays until the backward pass.
+        at_once: Layers that are gathered together, and mixers.
+    """
     stock = MixedPrecisionPolicy()
     if lowered:
         stock = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for module in student.modules():
-        if isinstance(module, MixerSlot):
-            fully_shard(module.mixer, mesh=mesh)
-    for layer in decoder_layers(student):
-        fully_shard(layer, mesh=mesh, mp_policy=stock)
-    root = _Whole(student)
+    layers: list[Any] = decoder_layers(student)
+    starts = range(0, len(layers), at_once)
+    for start in starts:
+        together = layers[start : start + at_once]
+        slots = [m for layer in together for m in layer.modules() if isinstance(m, MixerSlot)]
+        mixers: list[nn.Module] = [slot.mixer for slot in slots]
+        if mixers:
+            fully_shard(mixers, mesh=mesh, reshard_after_forward=not keeps)
+        fully_shard(together, mesh=mesh, mp_policy=stock, reshard_after_forward=not keeps)
+    root: Any = _Whole(student)
     fully_shard(root, mesh=mesh, mp_policy=stock)
+    # What runs next must be under way before Python comes to it, where Python is the slower one.
+    # Mixers ask for nothing: they are run again where layers are checkpointed.
+    before = root
+    for start in starts:
+        together = layers[start : start + at_once]
+        before.set_modules_to_forward_prefetch([g for layer in together for g in _groups(layer)])
+        before = together[0]
     if mesh.device_type == "cpu":
-        for module in root.modules():
-            if isinstance(module, FSDPModule):
-                # gloo knows no mean.
-                module.set_force_sum_reduction_for_comms(True)
+        for group in _groups(root):
+            # gloo knows no mean.
+            group.set_force_sum_reduction_for_comms(True)
     return root
+
+
+def _groups(module: nn.Module) -> list[Any]:
+    """All in a sharded module that is gathered by itself or with others, in the order it runs."""
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
 def _shard_teacher(teacher: Teacher, mesh: DeviceMesh) -> None:
