@@ -321,11 +321,11 @@ class Mamba2Mixer(Mixer):
 
     def _projected(self, hidden: Tensor) -> Tensor:
         """What the input projection puts out, in the first of its columns."""
-        weight: Tensor = self.in_proj.weight
-        bias: Tensor = self.in_proj.bias
-        if hidden.is_cuda and (pad := -weight.shape[0] % ALIGNED):
-            weight, bias = F.pad(weight, (0, 0, 0, pad)), F.pad(bias, (0, pad))
-        return F.linear(hidden, weight, bias)
+        pad = -self.in_proj.out_features % ALIGNED
+        if not hidden.is_cuda or not pad:
+            return self.in_proj(hidden)  # type: ignore[no-any-return]
+        weight, bias = self.in_proj.weight, self.in_proj.bias
+        return F.linear(hidden, F.pad(weight, (0, 0, 0, pad)), F.pad(bias, (0, pad)))
 
     def _convolved(self, inputs: Tensor, cache: MixerState | None) -> Tensor:
         """Causal depthwise convolution of ``(B, T, channels)``, from the cached inputs on."""
