@@ -181,6 +181,16 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     assert rows["random"]["layouts"] == 5 and rows["random"]["worst"] >= optimum - 1e-3
     assert rows["random"]["p"] is not None and rows["default study"]["p"] is None
     assert missing.read_text(encoding="utf-8") == ""
+    # Finalists are distilled before one of them is picked, by other blocks than it is judged on.
+    regret.main([str(out), *options, "--finalists", "6"])
+    (outcome,) = json.loads(report.read_text(encoding="utf-8"))["outcomes"]
+    row = next(r for r in outcome["rows"] if (r["strategy"], r["finalists"]) == ("optimum", 6))
+    blocks = {r["layout"]: r["kl_blocks"] for r in rows_of(out) if r["kind"] == "distilled"}
+    picked = min(blocks, key=lambda name: np.mean(blocks[name][::2]))
+    others = {name: np.mean(values[1::2]) for name, values in blocks.items()}
+    best, mean = min(others.values()), np.mean(list(others.values()))
+    assert math.isclose(row["regret"], (others[picked] - best) / (mean - best), abs_tol=1e-3)
+    assert [r["p"] for r in outcome["rows"] if r["finalists"]] == [None, None]
     # Picks that nobody distilled are named.
     left = [row for row in rows_of(out) if row["kind"] != "distilled"]
     kept = [row for row in rows_of(out) if row["kind"] == "distilled"][:3]

@@ -10,6 +10,11 @@ largest budget of stage 3. Where only some layouts are distilled, those drawn fr
 score's range stand for all of them. `optimum` is the pick of a perfect search by that objective,
 the floor that no strategy gets below but by luck.
 
+With `--finalists 8` the optimum and the default study are judged once more as if they had distilled
+the 8 best that they found, as `search.rungs` does, and picked by what came of it: by KL on every
+other block of the text (and by recall, where the objective holds it). Their KL is judged on the
+blocks in between.
+
 Intervals are bootstrapped over the text's blocks and the strategies' seeds, for recall over those
 seeds alone, so that where all picks are one layout there is none. `p` is that of the difference to
 the reference strategy, after Holm for the number of comparisons. Picks that
@@ -29,6 +34,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from heapq import nsmallest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -96,6 +102,15 @@ class Truth:
         size = len(next(iter(self.blocks.values())))
         places = np.random.default_rng(0).integers(size, size=(REPEATS, size))
         return {name: blocks[places].mean(axis=1) for name, blocks in self.blocks.items()}
+
+    def halves(self) -> tuple[Mapping[str, float], Truth]:
+        """Values on every other block of text, and the truth on the others; of recall all twice."""
+        if self.blocks is None:
+            return self.values, self
+        chosen_by = {name: float(blocks[::2].mean()) for name, blocks in self.blocks.items()}
+        others = {name: blocks[1::2] for name, blocks in self.blocks.items()}
+        values = {name: float(blocks.mean()) for name, blocks in others.items()}
+        return chosen_by, Truth(self.name, values, others, self.drawn)
 
     def regret(self, layout: str) -> float:
         best = min(self.values.values())
@@ -190,10 +205,29 @@ class GroundTruth:
         )
         return run_study(config, self.space, self.budget, self, run_dir=None)
 
-    def optimum(self, objective: Mapping[str, float]) -> str:
-        """The layout on the budget that is best by the objective."""
+    def best(self, objective: Mapping[str, float], count: int) -> list[str]:
+        """The layouts on the budget that are best by the objective."""
         layouts = self.budget.enumerate(self.space)
-        return _name(min(layouts, key=lambda layout: self.score(layout).value(objective)))
+        found = nsmallest(count, layouts, key=lambda layout: self.score(layout).value(objective))
+        return [_name(layout) for layout in found]
+
+    def distilled_best(self, objective: Mapping[str, float], finalists: Sequence[str]) -> str:
+        """The finalist that distils best, by every other block of the text.
+
+        Returns:
+            If one of them is not distilled, that one.
+        """
+        parts = {"kl": 0.0, "recall": 0.0} | dict(objective)
+        if not parts["kl"] and not parts["recall"]:
+            # As rungs do for distances to the teacher's mixers.
+            parts["kl"] = 1.0
+        halves = [(truth.halves()[0], parts[truth.name]) for truth in self.truths]
+        values = {}
+        for name in finalists:
+            if name not in self.truths[0].values:
+                return name
+            values[name] = sum(weight * half[name] for half, weight in halves)
+        return min(finalists, key=values.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -204,6 +238,8 @@ class Picks:
     layouts: int
     """Scored until then, probes included."""
     picks: Sequence[str]
+    finalists: int = 0
+    """Distilled before the pick, of each seed."""
 
 
 @dataclass(frozen=True)
@@ -214,9 +250,10 @@ class _Run:
     """Value and layout."""
     probes: int
 
-    def pick(self, step: int) -> str:
+    def best(self, step: int, count: int = 1) -> list[str]:
         """The best of the first so many."""
-        return min(self.trials[:step], key=lambda trial: trial[0])[1]
+        found = nsmallest(count, self.trials[:step], key=lambda trial: trial[0])
+        return [layout for _, layout in found]
 
 
 @contextmanager
@@ -295,7 +332,7 @@ def replay(
     steps = sorted({min(step, most, possible - 1) for step in AFTER})
     search = {"strategy": choice, "trials": steps[-1], "baselines": []}
     runs = list(run_all(partial(_run, table, objective, search), range(seeds)))
-    return [Picks(strategy.label, step, [run.pick(step) for run in runs]) for step in steps]
+    return [Picks(strategy.label, step, [run.best(step)[0] for run in runs]) for step in steps]
 
 
 def default_study(
@@ -305,6 +342,7 @@ def default_study(
     seeds: int,
     most: int,
     run_all: Mapped,
+    finalists: Sequence[int],
 ) -> list[Picks]:
     """A study's own baselines and then its strategy, as they come; probes are counted first."""
     # One short of the whole space, which a study would enumerate instead.
@@ -315,8 +353,12 @@ def default_study(
         counts = [run.probes + len(run.trials[:step]) for run in runs]
         # A study that has scored everything ends before.
         if not found or round(statistics.fmean(counts)) > found[-1].layouts:
-            picks = [run.pick(step) for run in runs]
-            found.append(Picks("default study", round(statistics.fmean(counts)), picks))
+            count = round(statistics.fmean(counts))
+            found.append(Picks("default study", count, [run.best(step)[0] for run in runs]))
+            for several in finalists:
+                best = [run.best(step, several) for run in runs]
+                picks = [table.distilled_best(objective, names) for names in best]
+                found.append(Picks("default study", count, picks, several))
     return found
 
 
@@ -326,6 +368,7 @@ def judge(picks: Picks, truth: Truth) -> dict[str, Any]:
     found: dict[str, Any] = {
         "strategy": picks.strategy,
         "layouts": picks.layouts,
+        "finalists": picks.finalists,
         "missing": len(picks.picks) - len(known),
     }
     if known:
@@ -390,6 +433,7 @@ def run(arguments: Sequence[str] | None) -> None:
     add("--reference", default="default study", help="strategy to compare with, by its label")
     add("--seeds", type=int, default=10)
     add("--workers", type=int, default=os.cpu_count(), help="processes; one a core")
+    add("--finalists", type=int, nargs="*", default=[], help="distilled before a pick, e.g. 4 8")
     add("--most", type=int, default=max(AFTER), help="most layouts a strategy scores")
     add("--missing", type=Path, help="file for picks that are not distilled; of one table")
     add("--out", type=Path, help="regret.json beside the first table")
@@ -405,10 +449,14 @@ def run(arguments: Sequence[str] | None) -> None:
                 raise DataError(
                     f"--by: {unknown[0]!r} must be a score of {path}, which has {', '.join(known)}"
                 )
-            runs = [Picks("optimum", table.budget.count(table.space), [table.optimum(objective)])]
+            size = table.budget.count(table.space)
+            runs = [Picks("optimum", size, table.best(objective, 1))]
+            for count in options.finalists:
+                best = table.best(objective, count)
+                runs.append(Picks("optimum", size, [table.distilled_best(objective, best)], count))
             with _mapped(options.workers) as run_all:
                 how = {"seeds": options.seeds, "most": options.most, "run_all": run_all}
-                runs += default_study(table, objective, **how)
+                runs += default_study(table, objective, finalists=options.finalists, **how)
                 for choice in map(yaml.safe_load, options.strategies):
                     try:
                         runs += replay(table, objective, choice, **how)
@@ -417,16 +465,21 @@ def run(arguments: Sequence[str] | None) -> None:
             for truth in table.truths:
                 missing |= dict.fromkeys(x for run in runs for x in run.picks)
                 missing = {x: None for x in missing if x not in truth.values}
-                reference = [run for run in runs if run.strategy == options.reference]
+                reference = [
+                    run for run in runs if run.strategy == options.reference and not run.finalists
+                ]
                 if not reference:
                     raise DataError(
                         f"--reference: must be one of {', '.join({r.strategy: 0 for r in runs})}, "
                         f"but is {options.reference!r}"
                     )
-                p = compare(reference[-1], [r for r in runs if r not in reference], truth)
-                rows = [
-                    judge(run, truth) | {"p": p.get((run.strategy, run.layouts))} for run in runs
-                ]
+                others = [run for run in runs if run not in reference and not run.finalists]
+                p = compare(reference[-1], others, truth)
+                rows = []
+                for run in runs:
+                    row = judge(run, truth.halves()[1] if run.finalists else truth)
+                    compared = None if run.finalists else p.get((run.strategy, run.layouts))
+                    rows.append(row | {"p": compared})
                 outcomes.append(
                     {
                         "table": table.name,
@@ -469,9 +522,10 @@ def show(outcome: Mapping[str, Any], console: Console) -> None:
             interval = f"{row['low']:.1%} to {row['high']:.1%}" if "low" in row else ""
             figures = [f"{row['regret']:.1%}", interval, f"{row['worst']:.1%}"]
         p = "" if row["p"] is None else f"{row['p']:.3f}"
-        table.add_row(
-            row["strategy"], f"{row['layouts']:,}", *figures, p, str(row["missing"] or "")
-        )
+        name = row["strategy"]
+        if row["finalists"]:
+            name += f", {row['finalists']} distilled"
+        table.add_row(name, f"{row['layouts']:,}", *figures, p, str(row["missing"] or ""))
     console.print(table)
 
 

@@ -15,8 +15,9 @@ objectives, `"kind": "probe"` lines those of a layout that a selector looked at 
 the `"kind": "picks"` line what the selectors chose, the `"kind": "stage2"` line each layer's
 stage-2 loss, `"kind": "distilled"` lines a layout's figures after so many tokens of stage 3.
 
-`--workers 4` shares the work out to four processes, each with a GPU of its own; what they print
-stands in files beside the table.
+`--workers 4` shares the work out to four processes; what they print stands in files beside the
+table. They take the GPUs in turn: where Python keeps a GPU waiting, several score layouts on one.
+One process distils on each.
 
 `--layouts` names a file of further layouts to distil, one a line as `4,10,16,22`: what strategies
 pick when they are replayed on the table (`regret.py --missing`).
@@ -95,7 +96,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds-of", type=int, help="layouts that get the seeds after the first; all")
     add("--at-once", type=int, help="students trained side by side; as memory allows")
     add("--part", type=part, default=(0, 1), help="1/2 and 2/2 share the work of two processes")
-    add("--workers", type=int, default=1, help="processes, each with the next GPU")
+    add("--workers", type=int, default=1, help="processes, each on the next GPU in turn")
     add("--minutes", type=float, default=float("inf"), help="begin nothing after so long")
     return parser.parse_intermixed_args(argv)
 
@@ -133,11 +134,17 @@ def share_out(config: StudyConfig, args: argparse.Namespace) -> None:
         {f"scores-{n}": [*scores, "--part", f"{n}/{scorers}"] for n in range(1, scorers + 1)}
         | ({"picks": ["--picks"]} if args.distil else {}),
     ]
-    if distils:
-        parts = [f"{n}/{args.workers}" for n in range(1, args.workers + 1)]
-        rounds.append({f"distil-{n}": [*last, "--part", x] for n, x in enumerate(parts, 1)})
     places = environments(args.workers, config.teacher.device)
+    if distils:
+        # Students side by side fill a GPU; processes on one GPU would take turns.
+        gpus = {
+            place["CUDA_VISIBLE_DEVICES"] for place in places if "CUDA_VISIBLE_DEVICES" in place
+        }
+        count = min(args.workers, len(gpus)) if gpus else args.workers
+        parts = [f"{n}/{count}" for n in range(1, count + 1)]
+        rounds.append({f"distil-{n}": [*last, "--part", x] for n, x in enumerate(parts, 1)})
     for commands in rounds:
+        places = environments(len(commands), config.teacher.device)
         running = {}
         for (name, options), place in zip(commands.items(), places, strict=False):
             left = max(0.0, (until - time.perf_counter()) / 60)
