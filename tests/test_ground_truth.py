@@ -181,6 +181,13 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     assert rows["random"]["layouts"] == 5 and rows["random"]["worst"] >= optimum - 1e-3
     assert rows["random"]["p"] is not None and rows["default study"]["p"] is None
     assert missing.read_text(encoding="utf-8") == ""
+    # By the score itself the optimum costs nothing, and a strategy what it has not found.
+    regret.main([str(out), *options, "--undistilled"])
+    (outcome,) = json.loads(report.read_text(encoding="utf-8"))["outcomes"]
+    row = {row["strategy"]: row for row in outcome["rows"]}["optimum"]
+    assert outcome["judged_by"] == "the score" and outcome["layouts"] == 6 and row["regret"] == 0
+    with pytest.raises(SystemExit):
+        regret.main([str(out), *options, "--undistilled", "--finalists", "4"])
     # Finalists are distilled before one of them is picked, by other blocks than it is judged on.
     regret.main([str(out), *options, "--finalists", "6"])
     (outcome,) = json.loads(report.read_text(encoding="utf-8"))["outcomes"]

@@ -10,6 +10,9 @@ largest budget of stage 3. Where only some layouts are distilled, those drawn fr
 score's range stand for all of them. `optimum` is the pick of a perfect search by that objective,
 the floor that no strategy gets below but by luck.
 
+With `--undistilled` regret is that of the score itself, for which nothing need be distilled: how
+soon a strategy finds what is best by the objective.
+
 With `--finalists 8` the optimum and the default study are judged once more as if they had distilled
 the 8 best that they found, as `search.rungs` does, and picked by what came of it: by KL on every
 other block of the text (and by recall, where the objective holds it). Their KL is judged on the
@@ -141,7 +144,8 @@ class GroundTruth:
     """Layout -> objective -> undistilled value; probes too."""
     losses: Mapping[int, float]
     """Layer -> stage-2 loss of its replacement."""
-    truths: Sequence[Truth]
+    distilled: Sequence[Mapping[str, Any]]
+    """Rows of the largest budget of stage 3."""
     tokens: int
 
     @classmethod
@@ -173,9 +177,22 @@ class GroundTruth:
             num_attention=kept,
             scores=scores,
             losses={int(layer): loss for layer, loss in losses.items()},
-            truths=_truths(distilled, complete=len({r["layout"] for r in distilled}) == possible),
+            distilled=distilled,
             tokens=tokens,
         )
+
+    @cached_property
+    def truths(self) -> Sequence[Truth]:
+        """What layouts distil to: KL, and recall where the teacher solves the probe."""
+        layouts = {row["layout"] for row in self.distilled}
+        complete = len(layouts) == self.budget.count(self.space)
+        return _truths(self.distilled, complete=complete)
+
+    def undistilled(self, objective: Mapping[str, float]) -> Truth:
+        """The score itself, of every layout on the budget."""
+        layouts = self.budget.enumerate(self.space)
+        values = {_name(x): self.score(x).value(objective) for x in layouts}
+        return Truth("score", values, None, [list(values)])
 
     @cached_property
     def budget(self) -> Budget:
@@ -433,11 +450,14 @@ def run(arguments: Sequence[str] | None) -> None:
     add("--reference", default="default study", help="strategy to compare with, by its label")
     add("--seeds", type=int, default=10)
     add("--workers", type=int, default=os.cpu_count(), help="processes; one a core")
+    add("--undistilled", action="store_true", help="judge by the score itself")
     add("--finalists", type=int, nargs="*", default=[], help="distilled before a pick, e.g. 4 8")
     add("--most", type=int, default=max(AFTER), help="most layouts a strategy scores")
     add("--missing", type=Path, help="file for picks that are not distilled; of one table")
     add("--out", type=Path, help="regret.json beside the first table")
     options = parser.parse_args(arguments)
+    if options.undistilled and options.finalists:
+        parser.error("--finalists: are distilled, which --undistilled leaves out")
     console, outcomes = Console(width=140), []
     missing: dict[str, None] = {}
     for path in options.tables:
@@ -462,7 +482,8 @@ def run(arguments: Sequence[str] | None) -> None:
                         runs += replay(table, objective, choice, **how)
                     except (DataError, RunError, ConfigError) as e:
                         console.print(f"{choice}: left out, {e}")
-            for truth in table.truths:
+            truths = [table.undistilled(objective)] if options.undistilled else table.truths
+            for truth in truths:
                 missing |= dict.fromkeys(x for run in runs for x in run.picks)
                 missing = {x: None for x in missing if x not in truth.values}
                 reference = [
@@ -483,9 +504,12 @@ def run(arguments: Sequence[str] | None) -> None:
                 outcomes.append(
                     {
                         "table": table.name,
-                        "tokens": table.tokens,
                         "objective": text,
-                        "distilled": truth.name,
+                        "judged_by": (
+                            "the score"
+                            if options.undistilled
+                            else f"distilled {truth.name}, {table.tokens:,} tokens"
+                        ),
                         "layouts": len(truth.values),
                         "rows": rows,
                     }
@@ -510,8 +534,8 @@ def _name(layout: Layout) -> str:
 
 def show(outcome: Mapping[str, Any], console: Console) -> None:
     title = (
-        f"{outcome['table']}: searched by {outcome['objective']}, regret of distilled "
-        f"{outcome['distilled']} ({outcome['layouts']} layouts, {outcome['tokens']:,} tokens)"
+        f"{outcome['table']}: searched by {outcome['objective']}, regret of "
+        f"{outcome['judged_by']} ({outcome['layouts']:,} layouts)"
     )
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column in ("strategy", "after", "regret", "95 %", "worst seed", "p", "not distilled"):
