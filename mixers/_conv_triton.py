@@ -31,8 +31,8 @@ def _forward_kernel(
     x, before, weight, bias, out, x_sequence, x_token, length, channels,
     TAPS: tl.constexpr, HAS_BEFORE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.program_id(2).to(tl.int64)
-    t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    sequence = tl.program_id(0).to(tl.int64)
+    t = (tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
     c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     known = c < channels
     total = tl.load(bias + c, mask=known, other=0.0).to(tl.float32) + tl.zeros(
@@ -61,7 +61,7 @@ def _backward_kernel(
     x, weight, dout, dx, parts, x_sequence, x_token, dout_sequence, dout_token, length, channels,
     rounds, TAPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.program_id(2).to(tl.int64)
+    sequence = tl.program_id(0).to(tl.int64)
     c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
     known = c < channels
     rows = tl.arange(0, ROWS)[:, None]
@@ -70,7 +70,7 @@ def _backward_kernel(
     # Rows of taps, and below them the bias'.
     found = tl.zeros((ROWS, CHANNELS), tl.float32)
     for number in range(rounds):
-        first = (tl.program_id(0) * rounds + number) * TOKENS
+        first = (tl.program_id(2) * rounds + number) * TOKENS
         t = (first + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
         here = tl.load(
             dout + t * dout_token + c, mask=known & (t < length), other=0.0
@@ -90,7 +90,7 @@ def _backward_kernel(
             total += tl.load(weight + c * TAPS + tap, mask=known, other=0.0).to(tl.float32) * later
         place = dx + (sequence * length + t) * channels + c
         tl.store(place, total.to(dx.dtype.element_ty), mask=known & (t < length))
-    part = sequence * tl.num_programs(0) + tl.program_id(0)
+    part = sequence * tl.num_programs(2) + tl.program_id(2)
     place = parts + (part * (TAPS + 1) + rows) * channels + c
     tl.store(place, found, mask=known & (rows <= TAPS))
 
@@ -108,7 +108,8 @@ class _Convolution(torch.autograd.Function):
         weight = weight.contiguous()
         batch, length, channels = x.shape
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        grid = (triton.cdiv(length, TOKENS), triton.cdiv(channels, CHANNELS), batch)
+        # Sequences first: of the others there may be 65,535.
+        grid = (batch, triton.cdiv(channels, CHANNELS), triton.cdiv(length, TOKENS))
         with _on(x):
             _forward_kernel[grid](
                 x, x if before is None else before.contiguous(), weight, bias, out, x.stride(0),
@@ -133,7 +134,7 @@ class _Convolution(torch.autograd.Function):
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         parts = x.new_empty(batch * each, taps + 1, channels, dtype=torch.float32)
         with _on(x):
-            _backward_kernel[(each, wide, batch)](
+            _backward_kernel[(batch, wide, each)](
                 x, weight, dout, dx, parts, x.stride(0), x.stride(1), dout.stride(0),
                 dout.stride(1), length, channels, rounds, TAPS=taps,
                 ROWS=triton.next_power_of_2(taps + 1), TOKENS=TOKENS, CHANNELS=CHANNELS,
