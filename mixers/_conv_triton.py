@@ -125,6 +125,13 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        if not x.numel():
+            return (
+                torch.zeros_like(x),
+                None,
+                torch.zeros_like(weight),
+                weight.new_zeros(len(weight)),
+            )
         dout = dout if dout.stride(2) == 1 else dout.contiguous()
         batch, length, channels = x.shape
         taps = weight.shape[1]

@@ -69,6 +69,10 @@ def interpreted():
     # Few blocks, so that there are several, and some programs have several to do.
     fused.TOKENS, fused.CHANNELS = 16, 16
     spread = {case: errors(causal_conv, **sizes) for case, sizes in CASES.items()}
+    nothing = [torch.ones(0, 5, 3), torch.ones(3, 4), torch.ones(3)]
+    nothing = [tensor.requires_grad_() for tensor in nothing]
+    causal_conv(nothing[0], None, *nothing[1:]).sum().backward()
+    assert not any(tensor.grad.any() for tensor in nothing)
     fused.PROGRAMS = 1
     together = {case: errors(causal_conv, **sizes) for case, sizes in CASES.items()}
     print(json.dumps({"spread": spread, "together": together}))
