@@ -33,27 +33,38 @@ def fused_parts(*models: Any) -> Iterator[None]:
         for name, child in parent.named_children()
         if type(child) is NewGELUActivation
     ]
-    norms = [
-        module
-        for module in modules
-        if type(module).__name__ in {f"{family}RMSNorm" for family in RMS_NORMS}
-        and "forward" not in vars(module)
-    ]
+    # Of the class: mixers that are built or put in place meanwhile hold such norms as well.
+    names = {f"{family}RMSNorm" for family in RMS_NORMS}
+    kinds: set[Any] = {type(module) for module in modules}
+    norms = {
+        kind: kind.forward
+        for kind in kinds
+        if kind.__name__ in names and not isinstance(kind.forward, _Fused)
+    }
     for parent, name, _ in written_out:
         setattr(parent, name, nn.GELU(approximate="tanh"))
-    for norm in norms:
-        norm.forward = partial(_rms_norm, norm, norm.forward)
+    for kind, forward in norms.items():
+        kind.forward = _Fused(forward)
     try:
         yield
     finally:
         for parent, name, child in written_out:
             setattr(parent, name, child)
-        for norm in norms:
-            del norm.forward
+        for kind, forward in norms.items():
+            kind.forward = forward
 
 
-def _rms_norm(norm: Any, stock: Any, hidden_states: Tensor) -> Tensor:
-    weight: Tensor = norm.weight
-    if not hidden_states.is_cuda or weight.dtype != hidden_states.dtype:
-        return stock(hidden_states)  # type: ignore[no-any-return]
-    return F.rms_norm(hidden_states, (weight.numel(),), weight, norm.variance_epsilon)
+class _Fused:
+    """An RMS norm's forward, by one kernel on a GPU."""
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def __get__(self, norm: Any, kind: Any = None) -> Any:
+        return self if norm is None else partial(self, norm)
+
+    def __call__(self, norm: Any, hidden_states: Tensor) -> Tensor:
+        weight: Tensor = norm.weight
+        if not hidden_states.is_cuda or weight.dtype != hidden_states.dtype:
+            return self.stock(norm, hidden_states)  # type: ignore[no-any-return]
+        return F.rms_norm(hidden_states, (weight.numel(),), weight, norm.variance_epsilon)

@@ -1,5 +1,6 @@
 """Stock models as teachers: what is captured is what they compute, and bad sources are named."""
 
+import copy
 import importlib.util
 import json
 import math
@@ -14,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 from transformers.activations import NewGELUActivation
 
+from mohawk_nas import fusion
 from mohawk_nas.config import TeacherConfig
 from mohawk_nas.errors import TeacherError
 from mohawk_nas.fusion import fused_parts
@@ -124,10 +126,24 @@ def test_a_written_out_norm_is_fused_for_a_while(device):
     with fused_parts(model, model):
         fused = model(tokens).logits
         found = torch.autograd.grad(fused.square().sum(), list(model.parameters()))
+        copied = copy.deepcopy(model)
     assert (device == "cpu") == torch.equal(fused, expected)
     for one, other in zip((fused, *found), (expected, *wanted), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
-    assert torch.equal(model(tokens).logits, expected)
+    # Nothing of it stays, in copies made meanwhile either.
+    for after in (model, copied):
+        assert torch.equal(after(tokens).logits, expected)
+        assert not any("forward" in vars(module) for module in after.modules())
+        assert not isinstance(type(after.base_model.norm).forward, fusion._Fused)
+
+
+def test_norms_of_modules_that_come_later_are_fused_too():
+    # Scores must not depend on which layout stood there when the text began.
+    model, later = model_of("llama"), model_of("llama")
+    stock = type(later.base_model.norm).forward
+    with fused_parts(model), fused_parts(later):
+        assert type(later.base_model.norm).forward.stock is stock
+    assert type(later.base_model.norm).forward is stock
 
 
 @torch.no_grad()
