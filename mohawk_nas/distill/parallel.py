@@ -166,9 +166,13 @@ class _RecordedTeacher:
         self._run = RecordedStep(self._say, teacher.device)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """:meth:`Teacher.run` of tokens on the CPU; valid until the next call."""
-        self._run(tokens)
-        assert self._said is not None
+        """:meth:`Teacher.run` of tokens on the CPU, all of one shape; valid until the next call."""
+        try:
+            self._run(tokens)
+        except torch.OutOfMemoryError:
+            # What does not fit once more as a recording runs plainly from now on.
+            self._run(tokens)
+        assert self._said is not None and self._said.shape[:2] == tokens.shape
         return self._said
 
     def release(self) -> None:
