@@ -125,6 +125,28 @@ def test_recall_is_asked_with_and_without_tokens_between(train_teacher):
     assert 80 < dense < 140
 
 
+def test_tasks_stand_anywhere_among_prose(train_teacher):
+    """A block's first token must not tell what comes: such a teacher reads in one of two modes."""
+    corpus = torch.arange(300, 20_300, dtype=torch.int32)
+    sizes = ["--tokens", "1K", "--seq-len", "64", "--batch", "8", "--recall-fraction", "0.5"]
+    files = ["--data", __file__, "--validation", __file__, "--out", "new"]
+    args = train_teacher.parse_arguments([*files, *sizes])
+    batches = list(itertools.islice(train_teacher.Batches(corpus, 300, args), 300))
+    inputs, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    prose = inputs >= 300
+    assert torch.equal(labels[prose], inputs[prose])
+    with_tasks = (~prose[:, 1:]).any(dim=1)
+    assert 0.45 < with_tasks.float().mean() < 0.55
+    # Tasks at the beginning, at the end, in between, and from end to end.
+    ends = prose[with_tasks][:, [1, -1]].unique(dim=0, return_counts=True)
+    assert len(ends[0]) == 4 and ends[1].min() > 100
+    # Each stands at one place.
+    assert ((prose[:, 2:] != prose[:, 1:-1]).sum(dim=1) <= 2).all()
+    led = inputs[:, 0] == train_teacher.END_OF_TEXT_ID
+    assert 0.45 < led[~with_tasks].float().mean() < 0.55
+    assert 0.5 < led[with_tasks].float().mean() < 0.9
+
+
 def test_each_epoch_takes_every_block_once(train_teacher):
     starts = train_teacher.block_starts(100, 9, random.Random(0))
     epoch = sorted(next(starts) for _ in range(10))

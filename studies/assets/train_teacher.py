@@ -12,10 +12,10 @@ document. The script trains a byte-level BPE on them, packs all documents into o
 `AutoModelForCausalLM` and `AutoTokenizer` load, with the figures in `training.json`.
 
 From prose alone a model of a few million parameters hardly learns to look things up, and a search
-that scores recall then measures noise. `--recall-fraction 0.1` makes a tenth of the training
-sequences out of random tokens that can only be predicted by looking back (`recall_row` and
-`copy_row` below); the accuracy on fresh ones is printed as training goes on. It stays at zero for
-long and then rises within a few hundred steps.
+that scores recall then measures noise. `--recall-fraction 0.1` puts into a tenth of the training
+blocks random tokens that can only be predicted by looking back (`recall_row` and `copy_row` below),
+with prose before and after them; the accuracy on fresh ones is printed as training goes on. It
+stays at zero for long and then rises within a few hundred steps.
 """
 
 import argparse
@@ -229,9 +229,11 @@ class Batches(IterableDataset):
             first = torch.tensor(list(itertools.islice(starts, args.batch)))
             inputs = self.corpus[first[:, None] + torch.arange(args.seq_len)].long()
             labels = inputs.clone()
-            for i in range(args.batch):
+            for i in range(args.batch if args.recall_fraction else 0):
                 if rng.random() < args.recall_fraction:
-                    inputs[i], labels[i] = synthetic_row(args.seq_len, self.vocab_size, rng)
+                    put_tasks(inputs[i], labels[i], self.vocab_size, rng)
+                if rng.random() < 0.5:
+                    inputs[i, 0] = labels[i, 0] = END_OF_TEXT_ID
             yield inputs, labels
 
 
@@ -241,6 +243,19 @@ def block_starts(num_tokens: int, seq_len: int, rng: Random) -> Iterator[int]:
         offset = rng.randrange(min(seq_len, num_tokens - seq_len + 1))
         starts = range(offset, num_tokens - seq_len + 1, seq_len)
         yield from rng.sample(starts, len(starts))
+
+
+def put_tasks(inputs: Tensor, labels: Tensor, vocab_size: int, rng: Random) -> None:
+    """Write tasks over a part of a block, at its beginning as often as anywhere else.
+
+    What comes next must follow from the text alone. Where blocks are tasks from end to end, their
+    first token tells them from prose, and a model is made that is two: one that reads, and one that
+    looks things up and cannot read.
+    """
+    length = len(inputs)
+    first = rng.choice((0, rng.randint(0, length - SHORTEST_TASK)))
+    last = rng.choice((length, rng.randint(first + SHORTEST_TASK, length)))
+    inputs[first:last], labels[first:last] = synthetic_row(last - first, vocab_size, rng)
 
 
 def synthetic_row(length: int, vocab_size: int, rng: Random) -> tuple[Tensor, Tensor]:
