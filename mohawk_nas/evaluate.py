@@ -122,7 +122,7 @@ class Examination:
             bench.teacher,
             bench.blocks["test"].tokens.flatten().long(),
             [length for length in self.lengths if length not in self.left_out],
-            template=None if self.probe is None else self.probe.template,
+            template=None if self.probe is None else self.probe.asked[0][0],
             seed=bench.config.seed,
         )
 

@@ -7,8 +7,10 @@ what a search was led by is not what its result is judged by. A sequence begins 
 many models attend to the first token wherever there is nothing to look up, and without the one they
 know there they recall next to nothing.
 
-A probe is made for the teacher at hand, as hard as it still solves. What it does not solve it
-cannot teach, and its students' answers would be noise.
+A probe is made for the teacher at hand: each template in every size that it solves. What it does
+not solve it cannot teach, and its students' answers would be noise. One template in one size tells
+less: students that recall nothing of 128 pairs differ on 16, and one that fails at a notation may
+be at home in the next.
 
 Over length the question is another one: how far back does a model still find what it was told? The
 same few pairs, or one fact, then stand at a distance, with prose of the test split in between. Such
@@ -27,6 +29,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mohawk_nas.errors import InputError
 from mohawk_nas.metrics import body
@@ -51,16 +54,16 @@ SOLVED = 0.7
 """Share of right answers from which on a teacher counts as solving a probe; guessing gives 0."""
 
 NUM_PAIRS = (16, 32, 64, 128)
-"""Tried in turn, until the teacher fails."""
+"""Sizes of a probe: of each template all are asked until the teacher fails."""
 
 NUM_EXAMPLES = 4
 """Questions at the start that do not count: they show what is asked for."""
-NUM_QUESTIONS = 16
-"""That count, at most."""
+NUM_QUESTIONS = 12
+"""That count; with the examples as many as the smallest size has pairs."""
 
 NUM_SEQUENCES = 64
 NUM_TRIED = 8
-"""Sequences on which is decided whether the teacher solves a probe."""
+"""Sequences on which is decided whether the teacher solves a size."""
 
 MAX_WORDS = 6000
 """Words drawn from, the most frequent ones of the vocabulary."""
@@ -107,46 +110,57 @@ class Questions:
     tokens: Tensor
     """``(S, T)``, on the CPU."""
     positions: Tensor
-    """Where the next token is asked for, ``(Q,)``; the same in every sequence."""
+    """Where the next token is asked for, ``(S, Q)``, on the CPU."""
 
     @property
     def fingerprint(self) -> str:
         """What is asked, as a hash: two probes that print alike may hold other words."""
-        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:16]
+        asked = (self.tokens, self.positions)
+        return hashlib.sha256(b"".join(x.numpy().tobytes() for x in asked)).hexdigest()[:16]
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Sequences ``(B, T)``, ``size`` at a time."""
-        yield from self.tokens.split(size)
+    def batches(self, size: int) -> Iterator[Questions]:
+        """The same, ``size`` sequences at a time, without what comes after their last questions."""
+        for tokens, positions in zip(
+            self.tokens.split(size), self.positions.split(size), strict=True
+        ):
+            end = int(positions.max()) + 2
+            yield Questions(tokens=tokens[:, :end], positions=positions)
 
-    def right(self, model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Share of right answers, by last hidden states.
+    def logits(self, model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What a model says at the questions, and what is right.
 
         Args:
-            model: Makes logits of them.
-            hidden: ``(B, T, D)``
-            tokens: ``(B, T)``
+            model: Makes logits of hidden states.
+            hidden: Its last ones of all sequences, ``(S, T, D)``.
 
         Returns:
-            ``(B,)``, in float32.
+            ``(S, Q, V)`` and ``(S, Q)``.
         """
         positions = self.positions.to(hidden.device)
-        choices = logits_from_hidden(model, hidden[:, positions]).argmax(-1)
-        return (choices == tokens.to(hidden.device)[:, positions + 1]).float().mean(-1)
+        width = hidden.shape[-1]
+        asked = hidden.gather(1, positions[:, :, None].expand(-1, -1, width))
+        answers = self.tokens.to(hidden.device).gather(1, positions + 1)
+        return logits_from_hidden(model, asked), answers
+
+    def right(self, model: Any, hidden: Tensor) -> Tensor:
+        """Share of right answers of each sequence, ``(S,)`` in float32; see :meth:`logits`."""
+        logits, answers = self.logits(model, hidden)
+        return (logits.argmax(-1) == answers).float().mean(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecallProbe(Questions):
-    """Sequences that ask for values, and how many of them the teacher knows."""
+    """Sequences that ask for values, short ones first, and how many of them the teacher knows."""
 
     split: Split
-    template: Template
-    num_pairs: int
+    asked: Sequence[tuple[Template, int]]
+    """Templates, and the most pairs that each is asked with."""
     teacher_recall: float
     """Share of the teacher's answers that are right, 0 to 1."""
 
     def __str__(self) -> str:
         """For people: what is asked."""
-        return f"{self.num_pairs} pairs '{self.template}'"
+        return " and ".join(f"up to {most} pairs '{template}'" for template, most in self.asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,46 +183,66 @@ class LengthProbe(Questions):
 def make_probe(
     teacher: Teacher, split: Split, *, num_sequences: int = NUM_SEQUENCES, seed: int = 0
 ) -> RecallProbe | None:
-    """The hardest probe of a split that the teacher solves.
+    """What the teacher solves of a split: its templates, each in all sizes up to where it fails.
 
     Args:
         teacher: Answers first.
         split: Whose templates and words are taken.
-        num_sequences: S.
+        num_sequences: S, dealt out evenly.
         seed: Of the words drawn.
 
     Returns:
         None if it solves none.
     """
     words, start = _words(teacher, split), _start(teacher)
-    found: RecallProbe | None = None
-    for template in TEMPLATES[split]:
-        glue = _glue(teacher, template)
-        if glue is None:
-            continue
-        for num_pairs in NUM_PAIRS:
-            if found is not None and num_pairs <= found.num_pairs:
-                continue
-            if 2 * num_pairs > len(words):
-                break
-            rng = random.Random(f"{seed} {split} {template} {num_pairs}")
-            count = max(num_sequences, NUM_TRIED)
-            rows, positions = _rows(words, start, glue, num_pairs, count, rng)
-            if rows.shape[1] > teacher.context:
-                break
-            probe = RecallProbe(
-                split=split,
-                template=template,
-                num_pairs=num_pairs,
-                tokens=rows[:NUM_TRIED],
-                positions=positions,
-                teacher_recall=0.0,
-            )
-            if recall(teacher.model, probe) < SOLVED:
-                break
-            probe = replace(probe, tokens=rows[:num_sequences])
-            found = replace(probe, teacher_recall=recall(teacher.model, probe))
-    return found
+    written = [(template, _glue(teacher, template)) for template in TEMPLATES[split]]
+    solved = [
+        (template, glue, num_pairs)
+        for template, glue in written
+        if glue is not None
+        for num_pairs in _sizes(teacher, glue, words, f"{seed} {split} {template}")
+    ]
+    if not solved:
+        return None
+    parts = []
+    for number, (template, glue, num_pairs) in enumerate(solved):
+        count = len(range(number, num_sequences, len(solved)))
+        rng = random.Random(f"{seed} {split} {template} {num_pairs}")
+        parts.append(_rows(words, start, glue, num_pairs, count, rng))
+    parts = sorted((part for part in parts if len(part[0])), key=lambda part: part[0].shape[1])
+    length = parts[-1][0].shape[1]
+    # Nothing after a question has a say in its answer.
+    padded = [F.pad(tokens, (0, length - tokens.shape[1])) for tokens, _ in parts]
+    most = {template: num_pairs for template, _, num_pairs in solved}
+    probe = RecallProbe(
+        split=split,
+        asked=tuple(most.items()),
+        tokens=torch.cat(padded),
+        positions=torch.cat([positions for _, positions in parts]),
+        teacher_recall=0.0,
+    )
+    return replace(probe, teacher_recall=recall(teacher.model, probe))
+
+
+def _sizes(
+    teacher: Teacher,
+    glue: tuple[list[int], list[int], list[int]],
+    words: Sequence[int],
+    seed: str,
+) -> Iterator[int]:
+    """Numbers of pairs with which the teacher solves a template."""
+    for num_pairs in NUM_PAIRS:
+        if 2 * num_pairs > len(words):
+            return
+        # Others than are asked later, which this choice would favour.
+        rng = random.Random(f"{seed} {num_pairs} tried")
+        tokens, positions = _rows(words, _start(teacher), glue, num_pairs, NUM_TRIED, rng)
+        if tokens.shape[1] > teacher.context:
+            return
+        tried = Questions(tokens=tokens, positions=positions)
+        if answers(teacher.model, tried).mean() < SOLVED:
+            return
+        yield num_pairs
 
 
 @torch.no_grad()
@@ -222,9 +256,8 @@ def answers(model: Any, probe: Questions) -> Tensor:
     """Share of right answers in each sequence, ``(S,)``."""
     device = next(model.parameters()).device
     shares = []
-    for rows in probe.batches(max(1, min(NUM_TRIED, TOKENS_AT_ONCE // probe.tokens.shape[1]))):
-        tokens = rows.to(device)
-        shares.append(probe.right(model, body(model, tokens), tokens))
+    for part in probe.batches(max(1, min(NUM_TRIED, TOKENS_AT_ONCE // probe.tokens.shape[1]))):
+        shares.append(part.right(model, body(model, part.tokens.to(device))))
     return torch.cat(shares)
 
 
@@ -332,7 +365,7 @@ def _needle(
         length=length,
         depth=depth,
         tokens=torch.tensor(rows),
-        positions=torch.tensor([length - 2]),
+        positions=torch.full((len(rows), 1), length - 2),
     )
 
 
@@ -344,9 +377,8 @@ def _rows(
     num_sequences: int,
     rng: random.Random,
 ) -> tuple[Tensor, Tensor]:
-    """Sequences ``(S, T)`` and the positions of scored questions ``(Q,)``."""
+    """Sequences ``(S, T)`` and the positions of scored questions ``(S, Q)``."""
     before, between, after = glue
-    asked = min(num_pairs, NUM_EXAMPLES + NUM_QUESTIONS)
     rows = []
     positions: list[int] = []
     for _ in range(num_sequences):
@@ -355,12 +387,13 @@ def _rows(
         row = list(start)
         positions = []
         # Each is asked for once: an answer that was given is no question.
-        for key, value in [*pairs, *rng.sample(pairs, asked)]:
+        for key, value in [*pairs, *rng.sample(pairs, NUM_EXAMPLES + NUM_QUESTIONS)]:
             row += [*before, key, *between]
             positions.append(len(row) - 1)
             row += [value, *after]
         rows.append(row)
-    return torch.tensor(rows), torch.tensor(positions[num_pairs + NUM_EXAMPLES :])
+    scored = positions[num_pairs + NUM_EXAMPLES :]
+    return torch.tensor(rows), torch.tensor([scored] * num_sequences)
 
 
 def _start(teacher: Teacher) -> list[int]:

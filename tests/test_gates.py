@@ -106,10 +106,9 @@ def test_the_probe_has_a_say(bench):
     generator = torch.Generator().manual_seed(0)
     probe = recall.RecallProbe(
         split="search",
-        template=recall.Template(),
-        num_pairs=2,
+        asked=((recall.Template(), 2),),
         tokens=torch.randint(300, 400, (16, 12), generator=generator),
-        positions=torch.tensor([9, 10]),
+        positions=torch.tensor([[9, 10]] * 16),
         teacher_recall=1.0,
     )
     batches = steps(bench, 4)

@@ -188,16 +188,18 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     assert outcome["judged_by"] == "the score" and outcome["layouts"] == 6 and row["regret"] == 0
     with pytest.raises(SystemExit):
         regret.main([str(out), *options, "--undistilled", "--finalists", "4"])
-    # Finalists are distilled before one of them is picked, by other blocks than it is judged on.
+    # Of finalists that is picked which distils best on other text than it is judged on.
     regret.main([str(out), *options, "--finalists", "6"])
     (outcome,) = json.loads(report.read_text(encoding="utf-8"))["outcomes"]
-    row = next(r for r in outcome["rows"] if (r["strategy"], r["finalists"]) == ("optimum", 6))
-    blocks = {r["layout"]: r["kl_blocks"] for r in rows_of(out) if r["kind"] == "distilled"}
-    picked = min(blocks, key=lambda name: np.mean(blocks[name][::2]))
-    others = {name: np.mean(values[1::2]) for name, values in blocks.items()}
-    best, mean = min(others.values()), np.mean(list(others.values()))
-    assert math.isclose(row["regret"], (others[picked] - best) / (mean - best), abs_tol=1e-3)
-    assert [r["p"] for r in outcome["rows"] if r["finalists"]] == [None, None]
+    row = next(r for r in outcome["rows"] if r["strategy"] == "optimum, 6 distilled")
+    validated = {
+        r["layout"]: r["validation"]["kl"] for r in rows_of(out) if r["kind"] == "distilled"
+    }
+    assert validated != distilled
+    picked = min(validated, key=validated.get)
+    best, mean = min(distilled.values()), np.mean(list(distilled.values()))
+    assert math.isclose(row["regret"], (distilled[picked] - best) / (mean - best), abs_tol=1e-3)
+    assert row["p"] is not None
     # Picks that nobody distilled are named.
     left = [row for row in rows_of(out) if row["kind"] != "distilled"]
     kept = [row for row in rows_of(out) if row["kind"] == "distilled"][:3]
@@ -212,6 +214,34 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     picked = min(zero_shot, key=zero_shot.__getitem__)
     assert not set(named) & distilled
     assert picked in distilled or picked in named
+    # Finalists too, all of them at once.
+    regret.main([str(out), *options, "--finalists", "6", "--missing", str(missing)])
+    named = missing.read_text(encoding="utf-8").split()
+    assert sorted(named) == sorted(set(zero_shot) - distilled)
+
+
+def test_a_finalist_is_picked_by_what_the_objective_weighs(table, study, tmp_path):
+    regret = load("regret")
+    path, _ = study
+    out = tmp_path / "tiny.jsonl"
+    assert table.main([str(path), "--out", str(out), "--distil", "6"]) == 0
+    rows = rows_of(out)
+    rows[0]["teacher_recall"] = {"validation": 0.8}
+    kls, shares = iter((1.0, 1.1, 1.2, 1.3, 1.4, 1.5)), iter((0.0, 0.4, 0.8, 0.1, 0.1, 0.1))
+    names = []
+    for row in rows:
+        if row["kind"] == "distilled":
+            names.append(row["layout"])
+            row["validation"] = {"kl": next(kls), "recall": next(shares)}
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = regret.GroundTruth.read(out)
+    assert found.pick_of(names, {"kl": 1.0}) == names[0]
+    assert found.pick_of(names, {"stage2_local": 1.0}) == names[0]
+    assert found.pick_of(names, {"recall": 1.0}) == names[2]
+    # 0.1 of KL for half of the teacher's recall, twice.
+    assert found.pick_of(names, {"kl": 1.0, "recall": 0.19}) == names[0]
+    assert found.pick_of(names, {"kl": 1.0, "recall": 0.21}) == names[2]
+    assert found.pick_of([*names, "8,9"], {"kl": 1.0}) == "8,9"
 
 
 def test_p_tells_a_worse_strategy_from_an_equal_one():

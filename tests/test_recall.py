@@ -92,40 +92,55 @@ def test_a_model_that_remembers_everything_solves_the_hardest_probe(tokenizer):
             assert probe is None
             continue
         # 200 words a split, or 764 / 3 ids: 64 pairs are the most that fit; of the bank's 120, 32.
-        assert probe.num_pairs == (32 if split == "bank" else 64) and probe.teacher_recall == 1.0
-        assert probe.tokens.shape[0] == 10 and len(probe.positions) == recall.NUM_QUESTIONS
+        templates = recall.TEMPLATES[split] if tokenizer else [Template()]
+        most = 32 if split == "bank" else 64
+        assert probe.asked == tuple((template, most) for template in templates)
+        assert probe.teacher_recall == 1.0
+        assert probe.tokens.shape[0] == 10
+        assert probe.positions.shape == (10, recall.NUM_QUESTIONS)
         seen.append({t for t in probe.tokens.flatten().tolist() if t >= 256})
     assert not any(one & other for one in seen for other in seen if one is not other)
 
 
 def test_questions_ask_for_pairs_that_were_named_once():
     teacher = teacher_of(Memory(), tokenizer=Words())
-    probe = make_probe(teacher, "test")
-    assert probe.template == Template(between=" =", after=",")
-    assert str(probe) == "64 pairs 'KEY =VALUE,'"
-    width = probe.tokens.shape[1] // (64 + recall.NUM_EXAMPLES + recall.NUM_QUESTIONS)
-    for row in probe.tokens.tolist():
+    probe = make_probe(teacher, "test", num_sequences=12)
+    assert str(probe) == "up to 64 pairs 'KEY =VALUE,' and up to 64 pairs 'KEYVALUE.'"
+    found = []
+    for part in probe.batches(1):
+        (row,), (positions,) = part.tokens.tolist(), part.positions.tolist()
         # As a document begins.
         assert row[0] == Words.eos_token_id
-        answers = [row[p + 1] for p in probe.positions.tolist()]
+        glued = ord("=") in row
+        # Characters are ids here: "word =word," or "wordword.".
+        width, place = (5, 3) if glued else (3, 1)
+        answers = [row[p + 1] for p in positions]
         row = row[1:]
         entries = [row[i : i + width] for i in range(0, len(row), width)]
-        pairs = {entry[0]: entry[3] for entry in entries[:64]}
-        assert len(pairs) == 64 == len(set(pairs.values()) - set(pairs))
-        asked = entries[64:]
+        num_pairs = len(entries) - recall.NUM_EXAMPLES - recall.NUM_QUESTIONS
+        pairs = {entry[0]: entry[place] for entry in entries[:num_pairs]}
+        assert len(pairs) == num_pairs == len(set(pairs.values()) - set(pairs))
+        asked = entries[num_pairs:]
         assert len({entry[0] for entry in asked}) == len(asked)
-        assert all(pairs[entry[0]] == entry[3] for entry in asked)
-        assert answers == [entry[3] for entry in asked[recall.NUM_EXAMPLES :]]
+        assert all(pairs[entry[0]] == entry[place] for entry in asked)
+        assert answers == [entry[place] for entry in asked[recall.NUM_EXAMPLES :]]
+        found.append((glued, num_pairs))
+    # Both templates in three sizes, twice each, the short ones first.
+    assert sorted(found) == sorted([(g, n) for g in (False, True) for n in (16, 32, 64)] * 2)
+    assert found[0] == (False, 16) and found[-1] == (True, 64)
 
 
-def test_the_probe_is_as_hard_as_the_teacher_can():
+def test_the_probe_grows_until_the_teacher_fails():
     # 16 pairs of two tokens and 16 questions more: what lies further back is forgotten.
-    probe = make_probe(teacher_of(Memory(reach=64)), "search")
-    assert probe.num_pairs == 16 and probe.template == Template()
+    probe = make_probe(teacher_of(Memory(reach=44)), "search")
+    assert probe.asked == ((Template(), 16),)
     assert make_probe(teacher_of(Memory(reach=8)), "search") is None
     # A probe must fit into what the teacher was made for.
-    assert make_probe(teacher_of(Memory(), context=120), "search").num_pairs == 32
-    assert probe.teacher_recall == recall.recall(Memory(reach=64), probe) >= recall.SOLVED
+    assert make_probe(teacher_of(Memory(), context=120), "search").asked == ((Template(), 32),)
+    assert probe.teacher_recall == recall.recall(Memory(reach=44), probe) >= recall.SOLVED
+    # Each template is as large as it can be by itself: five tokens a pair, or three.
+    two = make_probe(teacher_of(Memory(reach=110), tokenizer=Words()), "test")
+    assert [most for _, most in two.asked] == [16, 32]
 
 
 def test_a_forgetful_model_answers_what_it_can_reach():
@@ -153,10 +168,9 @@ def probe_for(bench, model, *, wrong):
         hidden = body(model, tokens)
     probe = RecallProbe(
         split="search",
-        template=Template(),
-        num_pairs=4,
+        asked=((Template(), 4),),
         tokens=tokens,
-        positions=torch.tensor([10]),
+        positions=torch.full((len(tokens), 1), 10),
         teacher_recall=0.8,
     )
     tokens[:, 11] = bench.teacher.logits(hidden)[:, 10].argmax(-1)
@@ -326,8 +340,8 @@ def test_length_probes_hold_what_they_ask_for_once():
     words = recall._words(teacher, "test")
     text[: len(words) // 2] = torch.tensor(words[: len(words) // 2])
     for probe in recall.make_length_probes(teacher, text, [300], num_sequences=4):
-        for row in probe.tokens.tolist():
-            values = [row[position + 1] for position in probe.positions.tolist()]
+        for row, positions in zip(probe.tokens.tolist(), probe.positions.tolist(), strict=True):
+            values = [row[position + 1] for position in positions]
             assert len(set(values)) == len(values) == (12 if probe.kind == "key-value" else 1)
             assert all(row.count(value) == 2 for value in values)
             assert set(values) <= set(words[len(words) // 2 :])

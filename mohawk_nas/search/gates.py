@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,10 +25,10 @@ from mohawk_nas.distill.losses import loss_of_hidden
 from mohawk_nas.errors import TrainingError
 from mohawk_nas.fusion import fused_parts
 from mohawk_nas.metrics import body
-from mohawk_nas.recall import RecallProbe
+from mohawk_nas.recall import Questions, RecallProbe
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.student import MixerSlot, MixerSource, Padding
-from mohawk_nas.teacher import Teacher, logits_from_hidden
+from mohawk_nas.teacher import Teacher
 
 __all__ = ["learn_gates", "soft_top_k"]
 
@@ -136,18 +135,17 @@ def learn_gates(
     worth.grad = torch.zeros_like(worth)
     last = torch.zeros((), device=teacher.device)
     config = LogitsConfig()
-    if probe is not None:
-        # A recorded step must not copy from the CPU.
-        probe = replace(probe, positions=probe.positions.to(teacher.device))
 
     def step(tokens: Tensor, *asked: Tensor) -> None:
+        """``asked``: a probe's tokens and positions, if it has a say."""
         gates[:] = soft_top_k(worth, kept, temperature).unbind()
         with fused_parts(teacher.model, student):
             target = teacher.run(tokens)
             hidden = body(student, tokens)
             loss = loss_of_hidden(teacher.model, target, student, hidden, tokens, config)
-            for rows in asked:
-                loss = loss + recall_weight * _answers_loss(student, probe, rows)
+            if asked:
+                questions = Questions(tokens=asked[0], positions=asked[1])
+                loss = loss + recall_weight * _answers_loss(student, questions)
             loss.backward()
         last.copy_(loss.detach())
         gates.clear()
@@ -163,7 +161,7 @@ def learn_gates(
                 asked: tuple[Tensor, ...] = ()
                 if probe is not None:
                     some = torch.randint(len(probe.tokens), (len(tokens),), generator=generator)
-                    asked = (probe.tokens[some],)
+                    asked = (probe.tokens[some], probe.positions[some])
                 recorded(tokens, *asked)
                 task.advance(1, tokens=tokens.numel())
         if not math.isfinite(last.item()):
@@ -197,8 +195,6 @@ def _gated(
     return student
 
 
-def _answers_loss(student: Any, probe: RecallProbe | None, rows: Tensor) -> Tensor:
-    assert probe is not None
-    positions = probe.positions.to(rows.device)
-    logits = logits_from_hidden(student, body(student, rows)[:, positions])
-    return F.cross_entropy(logits.float().flatten(0, 1), rows[:, positions + 1].flatten())
+def _answers_loss(student: Any, asked: Questions) -> Tensor:
+    logits, answers = asked.logits(student, body(student, asked.tokens))
+    return F.cross_entropy(logits.float().flatten(0, 1), answers.flatten())

@@ -27,7 +27,7 @@ from mohawk_nas.metrics import blocks_at_once, kl_of_hidden, kl_to, row_chunks
 from mohawk_nas.mixer import MixerConfig, mixer_config
 from mohawk_nas.precision import run_mixer
 from mohawk_nas.ranks import gpu_sharers
-from mohawk_nas.recall import RecallProbe
+from mohawk_nas.recall import Questions, RecallProbe
 from mohawk_nas.reporting import SILENT
 from mohawk_nas.search.prefixes import HybridRunner
 from mohawk_nas.search.scoring import Score
@@ -140,8 +140,8 @@ class BankScorer:
         assert self.probe is not None
         model, shares = self._asked.model, []
         with fused_parts(self.teacher.model, model):
-            for tokens, (hidden, _) in zip(self._questions, self._asked.run(layout), strict=True):
-                shares.append(self.probe.right(model, hidden, tokens))
+            for asked, (hidden, _) in zip(self._questions, self._asked.run(layout), strict=True):
+                shares.append(asked.right(model, hidden))
         right: Tensor = torch.cat(shares).unflatten(0, (-1, len(self.blocks))).mean(0)
         return 1 - right / self.probe.teacher_recall
 
@@ -174,11 +174,11 @@ class BankScorer:
     @cached_property
     def _asked(self) -> HybridRunner:
         # Besides the text's: as much again, since the probe is a fraction of the text.
-        share = self.kept_bytes["students"]
-        return HybridRunner(self.teacher, self.bank, self._questions, max_bytes=share)
+        share, batches = self.kept_bytes["students"], [asked.tokens for asked in self._questions]
+        return HybridRunner(self.teacher, self.bank, batches, max_bytes=share)
 
     @cached_property
-    def _questions(self) -> list[Tensor]:
+    def _questions(self) -> list[Questions]:
         assert self.probe is not None
         # In about as many tokens at once as the text, and no small batch at the end: on a GPU it
         # would take Python as long as a large one.

@@ -14,14 +14,14 @@ With `--undistilled` regret is that of the score itself, for which nothing need 
 soon a strategy finds what is best by the objective.
 
 With `--finalists 8` the optimum and the default study are judged once more as if they had distilled
-the 8 best that they found, as `search.rungs` does, and picked by what came of it: by KL on every
-other block of the text (and by recall, where the objective holds it). Their KL is judged on the
-blocks in between.
+the 8 best that they found, as `search.rungs` does, and picked what is best on the validation split:
+by KL, and by recall where the objective holds it.
 
 Intervals are bootstrapped over the text's blocks and the strategies' seeds, for recall over those
 seeds alone, so that where all picks are one layout there is none. `p` is that of the difference to
 the reference strategy, after Holm for the number of comparisons. Picks that
-are not distilled are counted, left out, and written to `--missing` for `table.py --layouts`.
+are not distilled are counted, left out, and written with the finalists that are not to `--missing`,
+for `table.py --layouts`.
 """
 
 from __future__ import annotations
@@ -106,15 +106,6 @@ class Truth:
         places = np.random.default_rng(0).integers(size, size=(REPEATS, size))
         return {name: blocks[places].mean(axis=1) for name, blocks in self.blocks.items()}
 
-    def halves(self) -> tuple[Mapping[str, float], Truth]:
-        """Values on every other block of text, and the truth on the others; of recall all twice."""
-        if self.blocks is None:
-            return self.values, self
-        chosen_by = {name: float(blocks[::2].mean()) for name, blocks in self.blocks.items()}
-        others = {name: blocks[1::2] for name, blocks in self.blocks.items()}
-        values = {name: float(blocks.mean()) for name, blocks in others.items()}
-        return chosen_by, Truth(self.name, values, others, self.drawn)
-
     def regret(self, layout: str) -> float:
         best = min(self.values.values())
         means = [statistics.fmean(self.values[name] for name in part) for part in self.drawn]
@@ -147,6 +138,8 @@ class GroundTruth:
     distilled: Sequence[Mapping[str, Any]]
     """Rows of the largest budget of stage 3."""
     tokens: int
+    teacher_recall: Mapping[str, float]
+    """Split -> share of its probe that the teacher solves."""
 
     @classmethod
     def read(cls, path: Path) -> GroundTruth:
@@ -179,6 +172,7 @@ class GroundTruth:
             losses={int(layer): loss for layer, loss in losses.items()},
             distilled=distilled,
             tokens=tokens,
+            teacher_recall=rows[0].get("teacher_recall", {}),
         )
 
     @cached_property
@@ -228,23 +222,39 @@ class GroundTruth:
         found = nsmallest(count, layouts, key=lambda layout: self.score(layout).value(objective))
         return [_name(layout) for layout in found]
 
-    def distilled_best(self, objective: Mapping[str, float], finalists: Sequence[str]) -> str:
-        """The finalist that distils best, by every other block of the text.
+    @cached_property
+    def validated(self) -> Mapping[str, Mapping[str, float]]:
+        """Layout -> what a rung sees of it: figures of one seed on the validation split."""
+        rows = sorted(self.distilled, key=lambda row: int(row["seed"]), reverse=True)
+        if any("validation" not in row for row in rows):
+            raise DataError(
+                f"{self.name}: must have distilled layouts' figures on the validation split for "
+                "--finalists, but was made without them"
+            )
+        found = {}
+        for row in rows:
+            kl, share = row["validation"]["kl"], row["validation"]["recall"]
+            lost = 0.0 if share is None else 1 - share / self.teacher_recall["validation"]
+            found[row["layout"]] = {"kl": kl, "recall": lost}
+        return found
 
-        Returns:
-            If one of them is not distilled, that one.
+    def pick_of(self, finalists: Sequence[str], objective: Mapping[str, float]) -> str:
+        """The finalist that distils best on the validation split; one that is not distilled first.
+
+        The objective's weights of KL and recall count; without either, KL.
         """
-        parts = {"kl": 0.0, "recall": 0.0} | dict(objective)
-        if not parts["kl"] and not parts["recall"]:
+        weights = {name: objective.get(name, 0.0) for name in ("kl", "recall")}
+        if not any(weights.values()):
             # As rungs do for distances to the teacher's mixers.
-            parts["kl"] = 1.0
-        halves = [(truth.halves()[0], parts[truth.name]) for truth in self.truths]
-        values = {}
-        for name in finalists:
-            if name not in self.truths[0].values:
-                return name
-            values[name] = sum(weight * half[name] for half, weight in halves)
-        return min(finalists, key=values.__getitem__)
+            weights["kl"] = 1.0
+
+        def worth(name: str) -> float:
+            found = self.validated.get(name)
+            if found is None:
+                return -math.inf
+            return sum(weight * found[part] for part, weight in weights.items())
+
+        return min(finalists, key=worth)
 
 
 @dataclass(frozen=True)
@@ -255,8 +265,23 @@ class Picks:
     layouts: int
     """Scored until then, probes included."""
     picks: Sequence[str]
-    finalists: int = 0
-    """Distilled before the pick, of each seed."""
+    finalists: Sequence[str] = ()
+    """Distilled before the picks, of all seeds."""
+
+
+def after_distilling(
+    table: GroundTruth,
+    objective: Mapping[str, float],
+    picks: Picks,
+    best: Sequence[Sequence[str]],
+) -> Picks:
+    """The same strategy's picks if it distils the best that each seed found."""
+    return Picks(
+        f"{picks.strategy}, {len(best[0])} distilled",
+        picks.layouts,
+        [table.pick_of(names, objective) for names in best],
+        sorted({name for names in best for name in names}),
+    )
 
 
 @dataclass(frozen=True)
@@ -366,6 +391,7 @@ def default_study(
     most = min(most, table.budget.count(table.space) - 1)
     runs = list(run_all(partial(_run, table, objective, {"trials": most}), range(seeds)))
     found: list[Picks] = []
+    distilled: list[Picks] = []
     for step in sorted({min(step, most) for step in AFTER}):
         counts = [run.probes + len(run.trials[:step]) for run in runs]
         # A study that has scored everything ends before.
@@ -374,9 +400,8 @@ def default_study(
             found.append(Picks("default study", count, [run.best(step)[0] for run in runs]))
             for several in finalists:
                 best = [run.best(step, several) for run in runs]
-                picks = [table.distilled_best(objective, names) for names in best]
-                found.append(Picks("default study", count, picks, several))
-    return found
+                distilled.append(after_distilling(table, objective, found[-1], best))
+    return [*found, *distilled]
 
 
 def judge(picks: Picks, truth: Truth) -> dict[str, Any]:
@@ -385,7 +410,6 @@ def judge(picks: Picks, truth: Truth) -> dict[str, Any]:
     found: dict[str, Any] = {
         "strategy": picks.strategy,
         "layouts": picks.layouts,
-        "finalists": picks.finalists,
         "missing": len(picks.picks) - len(known),
     }
     if known:
@@ -472,8 +496,8 @@ def run(arguments: Sequence[str] | None) -> None:
             size = table.budget.count(table.space)
             runs = [Picks("optimum", size, table.best(objective, 1))]
             for count in options.finalists:
-                best = table.best(objective, count)
-                runs.append(Picks("optimum", size, [table.distilled_best(objective, best)], count))
+                best = [table.best(objective, count)]
+                runs.append(after_distilling(table, objective, runs[0], best))
             with _mapped(options.workers) as run_all:
                 how = {"seeds": options.seeds, "most": options.most, "run_all": run_all}
                 runs += default_study(table, objective, finalists=options.finalists, **how)
@@ -484,23 +508,18 @@ def run(arguments: Sequence[str] | None) -> None:
                         console.print(f"{choice}: left out, {e}")
             truths = [table.undistilled(objective)] if options.undistilled else table.truths
             for truth in truths:
-                missing |= dict.fromkeys(x for run in runs for x in run.picks)
+                missing |= dict.fromkeys(x for run in runs for x in (*run.picks, *run.finalists))
                 missing = {x: None for x in missing if x not in truth.values}
-                reference = [
-                    run for run in runs if run.strategy == options.reference and not run.finalists
-                ]
+                reference = [run for run in runs if run.strategy == options.reference]
                 if not reference:
                     raise DataError(
                         f"--reference: must be one of {', '.join({r.strategy: 0 for r in runs})}, "
                         f"but is {options.reference!r}"
                     )
-                others = [run for run in runs if run not in reference and not run.finalists]
-                p = compare(reference[-1], others, truth)
-                rows = []
-                for run in runs:
-                    row = judge(run, truth.halves()[1] if run.finalists else truth)
-                    compared = None if run.finalists else p.get((run.strategy, run.layouts))
-                    rows.append(row | {"p": compared})
+                p = compare(reference[-1], [run for run in runs if run not in reference], truth)
+                rows = [
+                    judge(run, truth) | {"p": p.get((run.strategy, run.layouts))} for run in runs
+                ]
                 outcomes.append(
                     {
                         "table": table.name,
@@ -546,10 +565,9 @@ def show(outcome: Mapping[str, Any], console: Console) -> None:
             interval = f"{row['low']:.1%} to {row['high']:.1%}" if "low" in row else ""
             figures = [f"{row['regret']:.1%}", interval, f"{row['worst']:.1%}"]
         p = "" if row["p"] is None else f"{row['p']:.3f}"
-        name = row["strategy"]
-        if row["finalists"]:
-            name += f", {row['finalists']} distilled"
-        table.add_row(name, f"{row['layouts']:,}", *figures, p, str(row["missing"] or ""))
+        table.add_row(
+            row["strategy"], f"{row['layouts']:,}", *figures, p, str(row["missing"] or "")
+        )
     console.print(table)
 
 

@@ -5,7 +5,7 @@
 The study names teacher, text, space, budget, bank and, as `distill.logits`, the recipe of stage 3.
 The bank is trained if it is not there. Then every layout on the budget (or `--zero-shot` of them,
 drawn at random) is scored by every objective on the search split, and some are distilled with each
-of `--tokens` and each of `--seeds` and measured on the test split: what the selectors pick by KL,
+of `--tokens` and each of `--seeds` and measured: what the selectors pick by KL,
 the best by each objective, the best one's neighbours by one swap, and layouts from each tenth of
 the KL's range. Another bank is another seed of the study: `seed=1` on the command line.
 
@@ -13,7 +13,8 @@ The table is a file of JSON lines, written as it is made; the same command goes 
 stopped. The first line says what it was made with; `"kind": "zero_shot"` lines hold a layout's
 objectives, `"kind": "probe"` lines those of a layout that a selector looked at off the budget,
 the `"kind": "picks"` line what the selectors chose, the `"kind": "stage2"` line each layer's
-stage-2 loss, `"kind": "distilled"` lines a layout's figures after so many tokens of stage 3.
+stage-2 loss, `"kind": "distilled"` lines a layout's figures after so many tokens of stage 3, on the
+test split and, as a study's rungs see them, on the validation split.
 
 `--workers 4` shares the work out to four processes; what they print stands in files beside the
 table. They take the GPUs in turn: where Python keeps a GPU waiting, several score layouts on one.
@@ -45,6 +46,7 @@ from mohawk_nas.errors import InputError, MohawkError, RunError
 from mohawk_nas.files import RowFile
 from mohawk_nas.layout import Layout
 from mohawk_nas.plan import find_problems
+from mohawk_nas.ranks import GPU_SHARERS
 from mohawk_nas.reporting import screen
 from mohawk_nas.runs import provenance
 from mohawk_nas.search.objectives import BankScorer
@@ -137,10 +139,8 @@ def share_out(config: StudyConfig, args: argparse.Namespace) -> None:
     places = environments(args.workers, config.teacher.device)
     if distils:
         # Students side by side fill a GPU; processes on one GPU would take turns.
-        gpus = {
-            place["CUDA_VISIBLE_DEVICES"] for place in places if "CUDA_VISIBLE_DEVICES" in place
-        }
-        count = min(args.workers, len(gpus)) if gpus else args.workers
+        gpus = {place.get("CUDA_VISIBLE_DEVICES") for place in places if GPU_SHARERS in place}
+        count = len(gpus) or args.workers
         parts = [f"{n}/{count}" for n in range(1, count + 1)]
         rounds.append({f"distil-{n}": [*last, "--part", x] for n, x in enumerate(parts, 1)})
     for commands in rounds:
@@ -190,7 +190,10 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
     }
     if not table.rows:
         made_with = {key: value for key, value in provenance().items() if key != "command"}
-        table.add(head | {"made_with": made_with})
+        # Not compared: it may differ by an answer from one GPU to the next.
+        probes = {split: bench.probe(split) for split in ("search", "validation", "test")}
+        solved = {s: round(p.teacher_recall, DIGITS) for s, p in probes.items() if p is not None}
+        table.add(head | {"teacher_recall": solved, "made_with": made_with})
     elif (kept := {key: table.rows[0].get(key) for key in head}) != json.loads(json.dumps(head)):
         changed = [key for key in head if kept[key] != json.loads(json.dumps(head[key]))]
         raise InputError(f"{table.path}: was begun with another {' and '.join(changed)}")
@@ -372,17 +375,12 @@ def distil(
     config, reporter = bench.config, bench.reporter
     train = bench.training_text(max(args.tokens))
     at_once = args.at_once or students_at_once(bench.teacher)
-    test = measure_on(bench, "test")
+    on_test, on_validation = measure_on(bench, "test"), measure_on(bench, "validation")
 
     def measure(model: Any) -> dict[str, Any]:
-        figures = test(model)
-        blocks, share = figures["kl_blocks"], figures["recall"]
-        return {
-            "kl": round(statistics.fmean(blocks), DIGITS),
-            "cross_entropy": round(figures["cross_entropy"], DIGITS),
-            "recall": None if share is None else round(share, DIGITS),
-            "kl_blocks": [round(value, 5) for value in blocks],
-        }
+        tested = on_test(model)
+        blocks = [round(value, 5) for value in tested["kl_blocks"]]
+        return means(tested) | {"kl_blocks": blocks, "validation": means(on_validation(model))}
 
     for seed in args.seeds:
         some = chosen if seed == args.seeds[0] else chosen[: args.seeds_of]
@@ -414,6 +412,16 @@ def distil(
                 )
                 for (why, layout), figures in zip(group, found, strict=True):
                     table.add(row | {"layout": name_of(layout), "chosen_as": why} | figures)
+
+
+def means(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a split, as the table keeps them."""
+    share = figures["recall"]
+    return {
+        "kl": round(statistics.fmean(figures["kl_blocks"]), DIGITS),
+        "cross_entropy": round(figures["cross_entropy"], DIGITS),
+        "recall": None if share is None else round(share, DIGITS),
+    }
 
 
 def name_of(layout: Layout) -> str:
