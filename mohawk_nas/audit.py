@@ -21,7 +21,7 @@ import numpy as np
 
 from mohawk_nas.config import StudyConfig, recipe_of
 from mohawk_nas.distill.several import distil_layouts, students_at_once
-from mohawk_nas.errors import ConfigError, RunError
+from mohawk_nas.errors import ConfigError, RunError, TrainingError
 from mohawk_nas.files import RowFile, read_json, write_json
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.metrics import evaluate_blocks
@@ -32,6 +32,7 @@ from mohawk_nas.runs import check_identity, check_run_dir, only_one
 from mohawk_nas.search import statistics
 from mohawk_nas.search.result import StudyResult
 from mohawk_nas.search.statistics import Fit, Interval, Regret
+from mohawk_nas.search.workers import Crew, environments
 from mohawk_nas.workbench import Workbench
 
 __all__ = [
@@ -50,6 +51,8 @@ FEWEST = 12
 """Layouts below which no correlation is told."""
 GUESS = 0.8
 """Correlation for which the interval is foretold."""
+LOOK_EVERY = 1.0
+"""Seconds between looks at what workers have done."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +123,7 @@ def audit(
     tokens: int,
     seeds: int = 2,
     layouts: int | None = None,
+    workers: int = 1,
     reporter: Reporter = SILENT,
 ) -> tuple[AuditReport, Path]:
     """Distil layouts of a finished search for some time, and report.
@@ -130,6 +134,7 @@ def audit(
         tokens: Of stage 3 for each layout and seed.
         seeds: Distillations of each layout.
         layouts: To distil, and what the baselines name besides; None as many as there is time for.
+        workers: Processes that distil, besides this one if they are more than one.
         reporter: Told what happens.
 
     Returns:
@@ -138,6 +143,7 @@ def audit(
     Raises:
         RunError: There is no finished search, or another audit of it, or too little was distilled
             to say anything.
+        TrainingError: All workers have stopped.
     """
     if problems := find_problems(config):
         raise ConfigError(problems)
@@ -153,9 +159,21 @@ def audit(
         folder = config.run_dir / "audit"
         recipe = dataclasses.replace(config.distill.logits, tokens=tokens)
         _claim(folder, {"logits": recipe_of(recipe)})
-        rows = RowFile(folder / "distilled.jsonl")
-        _distil(bench, result, rows, hours=hours, seeds=seeds, layouts=layouts, tokens=tokens)
-        report = _report(result, rows.rows, tokens=tokens)
+        work = _Work(
+            tokens=tokens,
+            seeds=seeds,
+            layouts=layouts,
+            hours=hours,
+            until=time.time() + 3600 * hours,
+        )
+        # Before anyone asks for it at once.
+        bench.bank.train(bench.space.replaceable, reporter=reporter)
+        rows = folder / "distilled.jsonl"
+        if workers == 1:
+            _distil(bench, result, rows, work)
+        else:
+            _distil_by_workers(bench, result, rows, work, workers)
+        report = _report(result, RowFile(rows).rows, tokens=tokens)
         path = folder / "audit.json"
         write_json(path, report.to_dict())
         return report, path
@@ -247,48 +265,66 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     write_json(path, dict(settings))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Work:
+    """What is to be distilled; the same for all workers."""
+
+    tokens: int
+    seeds: int
+    layouts: int | None
+    hours: float
+    until: float
+    """By the clock; nothing is begun after it."""
+
+    def chosen(self, result: StudyResult) -> list[Layout]:
+        # With attention everywhere there is nothing to distil.
+        scored = {t.layout: t.value for t in result.trials if t.layout.replaced_layers}
+        named = [("best", result.best.layout), *result.baselines.items()]
+        named = [(label, layout) for label, layout in named if layout in scored]
+        return list(choose_layouts(scored, named, min(len(scored), self.layouts or len(scored))))
+
+    def outlook(self, each: float, possible: int) -> str:
+        """What interval the time allows, by the seconds of a distillation."""
+        count = min(int(3600 * self.hours / each / self.seeds), possible)
+        return _outlook(each, count, self.seeds)
+
+
 def _distil(
     bench: Workbench,
     result: StudyResult,
-    rows: RowFile,
+    path: Path,
+    work: _Work,
     *,
-    hours: float,
-    seeds: int,
-    layouts: int | None,
-    tokens: int,
+    share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Distil what there is time for: all seeds of a few layouts, then of the next."""
-    config, reporter = bench.config, bench.reporter
-    until = time.perf_counter() + 3600 * hours
-    # With attention everywhere there is nothing to distil.
-    scored = {t.layout: t.value for t in result.trials if t.layout.replaced_layers}
-    named = [("best", result.best.layout), *result.baselines.items()]
-    chosen = list(
-        choose_layouts(
-            scored,
-            [(label, layout) for label, layout in named if layout in scored],
-            min(len(scored), layouts or len(scored)),
-        )
-    )
-    train = bench.training_text(tokens)
-    recipe = dataclasses.replace(config.distill.logits, tokens=tokens)
-    bench.bank.train(bench.space.replaceable, reporter=reporter)
+    """Distil what there is time for: all seeds of a few layouts, then of the next.
+
+    Args:
+        bench: The study's.
+        result: What was searched.
+        path: Of the rows.
+        work: What to do.
+        share: Which part of how many; each takes other layouts.
+    """
+    config, reporter, rows = bench.config, bench.reporter, RowFile(path)
+    chosen = work.chosen(result)
+    train = bench.training_text(work.tokens)
+    recipe = dataclasses.replace(config.distill.logits, tokens=work.tokens)
     measure, at_once = measure_on(bench, "validation"), students_at_once(bench.teacher)
-
-    def left(layouts: Sequence[Layout], seed: int) -> list[Layout]:
-        done = {tuple(row["layout"]) for row in rows.find(seed=seed)}
-        return [layout for layout in layouts if layout.candidates not in done]
-
-    told, total = False, len(chosen) * seeds
-    done = total - sum(len(left(chosen, seed)) for seed in range(seeds))
+    number, count = share
+    mine = chosen[number::count]
+    told, total = False, len(mine) * work.seeds
+    done = sum(len(_done(rows.rows, mine, seed)) for seed in range(work.seeds))
     with reporter.stage("audit", total=total, unit="distillation", done=done) as task:
-        for start in range(0, len(chosen), at_once):
-            for seed in range(seeds):
-                group = left(chosen[start : start + at_once], seed)
+        for start in range(0, len(mine), at_once):
+            for seed in range(work.seeds):
+                group = mine[start : start + at_once]
+                known = _done(rows.rows, group, seed)
+                group = [layout for layout in group if layout not in known]
                 if not group:
                     continue
-                began = time.perf_counter()
-                if began > until:
+                began = time.time()
+                if began > work.until:
                     return
                 figures = distil_layouts(
                     bench.teacher,
@@ -302,13 +338,64 @@ def _distil(
                 )
                 for layout, found in zip(group, figures, strict=True):
                     rows.add({"layout": list(layout.candidates), "seed": seed, **found})
-                ended = time.perf_counter()
-                task.advance(len(group), time_up_in=_minutes(until - ended))
+                ended = time.time()
+                task.advance(len(group), time_up_in=_minutes(work.until - ended))
                 if not told:
-                    each = (ended - began) / len(group)
-                    affordable = int(3600 * hours / each / seeds)
-                    reporter.say(_outlook(each, min(affordable, len(chosen)), seeds))
+                    reporter.say(work.outlook((ended - began) / len(group), len(chosen)))
                     told = True
+
+
+def _done(rows: Iterable[Mapping[str, Any]], layouts: Iterable[Layout], seed: int) -> set[Layout]:
+    """Those of the layouts that are distilled with this seed."""
+    return {Layout(tuple(row["layout"])) for row in rows if row["seed"] == seed} & set(layouts)
+
+
+def _distil_by_workers(
+    bench: Workbench, result: StudyResult, path: Path, work: _Work, workers: int
+) -> None:
+    """The same by several processes, which this one watches."""
+    config, reporter = bench.config, bench.reporter
+    chosen = work.chosen(result)
+    before = RowFile(path).rows
+    done = sum(len(_done(before, chosen, seed)) for seed in range(work.seeds))
+    total, known, told = len(chosen) * work.seeds, len(before), False
+    # This process distils nothing, so what it holds of a GPU is its workers'.
+    bench.release()
+    places = environments(workers, config.teacher.device)
+    first: tuple[float, int] | None = None
+    with (
+        reporter.stage("audit", total=total, unit="distillation", done=done) as task,
+        Crew(_distil_share, (config, work, workers), environments=places) as crew,
+    ):
+        working = True
+        while working:
+            # Asked first: one that ends while this looks is told of in the next round.
+            working = crew.working
+            for text in crew.wait(LOOK_EVERY):
+                reporter.say(f"{text}{'; the others go on' if crew.working else ''}")
+            now = time.time()
+            count = path.read_bytes().count(b"\n") if path.is_file() else 0
+            if count > known:
+                task.advance(count - known, time_up_in=_minutes(work.until - now))
+                known = count
+                if first is None:
+                    # Until now they have been starting.
+                    first = now, count
+                elif not told:
+                    reporter.say(work.outlook((now - first[0]) / (count - first[1]), len(chosen)))
+                    told = True
+    if not crew.finished:
+        raise TrainingError(
+            f"audit of {config.name!r}: no worker came to its end. What was distilled is kept; run "
+            "again to continue"
+        )
+
+
+def _distil_share(number: int, config: StudyConfig, work: _Work, workers: int) -> None:
+    """What a worker does."""
+    bench = Workbench(config, SILENT)
+    path = config.run_dir / "audit" / "distilled.jsonl"
+    _distil(bench, bench.result(), path, work, share=(number, workers))
 
 
 def _minutes(seconds: float) -> str:
@@ -338,7 +425,8 @@ def _report(result: StudyResult, rows: Sequence[Mapping[str, Any]], *, tokens: i
         )
     seeds = counts[FEWEST - 1]
     whole = {layout: found[:seeds] for layout, found in by_layout.items() if len(found) >= seeds}
-    layouts = list(whole)
+    # Whoever distilled them in what order, the intervals are the same.
+    layouts = sorted(whole, key=lambda layout: layout.candidates)
     # (N, S, B)
     blocks = np.array([[row["kl_blocks"] for row in whole[layout]] for layout in layouts])
     scores = np.array([result.by_layout[layout].value for layout in layouts])

@@ -140,6 +140,9 @@ def audit(
     layouts: Annotated[
         int | None, typer.Option(help="At most so many; as many as there is time for.", min=1)
     ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that distil, one a GPU; 1 distils here.", min=1)
+    ] = 1,
 ) -> None:
     """Measure how well a finished search's score foretells distilled layouts."""
     config = _load(study, overrides)
@@ -155,6 +158,7 @@ def audit(
         tokens=tokens or config.distill.logits.tokens,
         seeds=seeds,
         layouts=layouts,
+        workers=workers,
         reporter=screen.reporter(),
     )
     page = write_audit(path.with_suffix(".html"), report, name=config.name)

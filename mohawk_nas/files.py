@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -154,11 +155,16 @@ class RowFile:
         self.rows: list[dict[str, Any]] = []
         if not path.is_file():
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):
-            # The last line was being written when the process was stopped.
-            path.write_text("".join(whole), encoding="utf-8")
+        with path.open("r+", encoding="utf-8") as file:
+            # Nobody is in the middle of a line while this is held.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            lines = file.readlines()
+            whole = [line for line in lines if line.endswith("\n")]
+            if len(whole) < len(lines):
+                # The last line was being written when its process was stopped.
+                file.seek(0)
+                file.write("".join(whole))
+                file.truncate()
         try:
             self.rows = [json.loads(line) for line in whole]
         except ValueError as e:
@@ -171,6 +177,7 @@ class RowFile:
         with telling_full_disk(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
                 file.write(json.dumps(row) + "\n")
         self.rows.append(dict(row))
 

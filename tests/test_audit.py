@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from mohawk_nas.audit import audit, choose_layouts, expected_interval, swaps
 from mohawk_nas.cli import app
 from mohawk_nas.config import dump
-from mohawk_nas.errors import InputError, RunError
+from mohawk_nas.errors import InputError, RunError, TrainingError
 from mohawk_nas.layout import Layout
 from mohawk_nas.pipeline import search
 from mohawk_nas.reporting import SILENT
@@ -123,6 +124,55 @@ def test_time_that_is_up_begins_nothing(study, tmp_path):
     before = rows_of(study)
     audit(study, hours=0, tokens=256)
     assert rows_of(study) == before
+
+
+def test_workers_distil_what_one_process_does(study, tmp_path):
+    config = dataclasses.replace(study, output=str(tmp_path))
+    search(config)
+    listener = Listener()
+    report, _ = audit(config, hours=1, tokens=256, layouts=14, seeds=1, reporter=listener)
+    alone = rows_of(config)
+    shutil.rmtree(config.run_dir / "audit")
+    listener = Listener()
+    # One of them goes on with what was there before.
+    (config.run_dir / "audit").mkdir()
+    kept = config.run_dir / "audit" / "distilled.jsonl"
+    kept.write_text(json.dumps(alone[0]) + "\n", encoding="utf-8")
+    shared, _ = audit(
+        config, hours=1, tokens=256, layouts=14, seeds=1, workers=2, reporter=listener
+    )
+    assert listener.stages[-1] == ("audit", 14, 1, 13)
+
+    def key(row):
+        return row["layout"], row["seed"]
+
+    assert sorted(rows_of(config), key=key) == sorted(alone, key=key)
+    assert shared.to_dict() == report.to_dict()
+    # What stops them is told.
+    with pytest.raises(TrainingError, match="no worker came to its end"):
+        audit(
+            dataclasses.replace(config, output=str(tmp_path)),
+            hours=1,
+            tokens=256,
+            layouts=20,
+            seeds=2,
+            workers=2,
+            reporter=Breaking(kept),
+        )
+
+
+class Breaking(Listener):
+    """Damages the rows before the workers read them."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    @contextlib.contextmanager
+    def stage(self, name, total, unit, *, done=0):
+        if name == "audit":
+            self.path.write_text("nothing\n", encoding="utf-8")
+        yield SimpleNamespace(advance=lambda amount, **_: None)
 
 
 def test_an_audit_needs_a_search(tmp_path):
