@@ -279,8 +279,9 @@ class RungsConfig:
     nothing: the undistilled score decides."""
     pruner: Any = "halving"
     """Who climbs to the next rung, a name or ``{name: NAME, option: value}``. ``halving``: the best
-    one in ``factor``. ``wilcoxon``: those that a signed-rank test over blocks cannot tell from the
-    best at ``p``, ``most`` of them at most."""
+    one in ``factor``, ``most`` of them at most if it is given. ``wilcoxon``: those that a
+    signed-rank test over blocks cannot tell from the best at ``p``, ``most`` of them at most.
+    Of each baseline the best layout climbs to the first rung as well."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,9 @@ def test_halving_takes_the_best_part_and_two_at_least():
     assert Halving(factor=2).climbers(rows(*range(9))) == [0, 1, 2, 3]
     assert Halving(factor=4).climbers(rows(*range(3))) == [0, 1]
     assert Halving(factor=4).climbers(rows(0)) == [0]
+    assert Halving(factor=2, most=3).climbers(rows(*range(9))) == [0, 1, 2]
+    assert Halving(factor=2, most=1).climbers(rows(*range(2))) == [0]
+    assert Halving(factor=4, most=3).limit(8) == 2
 
 
 def test_wilcoxon_takes_those_that_cannot_be_told_from_the_best():
@@ -77,8 +80,12 @@ def test_a_stricter_wilcoxon_lets_more_climb():
     [
         ("halve", "search.rungs.pruner: unknown pruner 'halve'; .* Did you mean 'halving'"),
         (["halving"], "search.rungs.pruner: unknown pruner"),
-        ({"name": "halving", "p": 0.1}, r"search.rungs.pruner.p: unknown option.*\['factor'\]"),
+        (
+            {"name": "halving", "p": 0.1},
+            r"search.rungs.pruner.p: unknown option.*\['factor', 'most'\]",
+        ),
         ({"name": "halving", "factor": 1}, "`factor >= 2` must hold, but got 1"),
+        ({"name": "halving", "most": 0}, "`most >= 1` must hold, but got 0"),
         ({"name": "wilcoxon", "p": 1.0}, "`0 < p < 1` must hold"),
         ({"name": "wilcoxon", "most": 0}, "`most >= 1` must hold"),
     ],
@@ -180,7 +187,7 @@ class Stopper(MadeUpDistiller):
 
 
 def study(distiller, run_dir, *, tokens=(100, 400), pruner="halving", worker=None, **options):
-    options = {"trials": 28, "baselines": ["uniform"], **options}
+    options = {"trials": 28, "baselines": [], **options}
     options["rungs"] = RungsConfig(tokens=list(tokens), pruner=pruner)
     config, space, budget = make(8, 2, **options)
     scorer = SyntheticScorer(8, pairs=1.0)
@@ -225,6 +232,21 @@ def test_the_best_of_the_highest_rung_is_the_best(tmp_path):
     # Results load without a distiller, and an ended study distils nothing.
     again = MadeUpDistiller()
     assert essence(study(again, tmp_path)) == essence(result) and not again.done
+
+
+def test_the_best_layout_of_each_baseline_is_distilled_once(tmp_path):
+    named = ["uniform", "last", "0,7"]
+    result = study(MadeUpDistiller(), tmp_path, baselines=named, tokens=(100, 400))
+    one, two = result.rungs
+    ranked = [trial.layout for trial in result.ranking]
+    uniform = [layout for label, layout in result.baselines.items() if "uniform/" in label]
+    assert len(uniform) == 4
+    wanted = {*ranked[:7], min(uniform, key=ranked.index)}
+    wanted |= {result.space.parse(layout) for layout in ("6,7", "0,7")}
+    assert 7 < len(wanted) == len(one.climbers) and set(one.climbers) == wanted
+    # Best first, and nobody is favoured further up.
+    assert list(one.climbers) == sorted(one.climbers, key=ranked.index)
+    assert two.climbers == one.ranking[: max(2, len(wanted) // 4)]
 
 
 def test_wilcoxon_climbs_in_a_study(tmp_path):
@@ -282,7 +304,7 @@ def test_a_killed_study_ends_as_an_unbroken_one(tmp_path):
     # The last kill came when the first rung was complete.
     assert [tokens for _, tokens in distiller.done] == [400, 400]
     rungs = RungsConfig(tokens=[100, 400])
-    config, space, budget = make(8, 2, baselines=["uniform"], trials=28, rungs=rungs)
+    config, space, budget = make(8, 2, baselines=[], trials=28, rungs=rungs)
     loaded = load_result(config, space, budget, run_dir=tmp_path)
     assert essence(loaded) == essence(study(MadeUpDistiller(), None))
 
@@ -383,7 +405,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-RUNGS = ("search.rungs.tokens=[256,1280]", "search.rungs.pruner.factor=2", "distill.logits.lr=1e-3")
+RUNGS = (
+    "search.rungs.tokens=[256,1280]",
+    "search.rungs.pruner.factor=2",
+    "search.baselines=[]",
+    "distill.logits.lr=1e-3",
+)
 
 
 @pytest.fixture(scope="module")
@@ -487,6 +514,10 @@ def test_score_and_audit_take_the_best_of_the_highest_rung(folder, searched, mon
 def test_the_plan_says_what_rungs_take(folder):
     plan = make_plan(make_study(folder, *RUNGS))
     assert plan.search.rungs == {256: 3, 1280: 2}
+    with_baselines = make_plan(
+        make_study(folder, *RUNGS[:2], "search.baselines=[last]", "search.trials=6")
+    )
+    assert with_baselines.search.rungs == {256: 4, 1280: 2}
     less = make_plan(make_study(folder, *RUNGS, "search.rungs.tokens=[256]"))
     assert plan.flops["rungs"] / less.flops["rungs"] == (3 * 256 + 2 * 1280) / (3 * 256)
     assert "rungs" not in make_plan(make_study(folder)).flops

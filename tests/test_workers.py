@@ -712,9 +712,9 @@ def test_two_workers_find_what_one_finds(tmp_path):
     assert two.exhaustive
     scores = [{t.layout: t.score.per_block for t in r.trials} for r in (one, two)]
     assert scores[0] == scores[1]
-    # Side by side or each alone, layouts are distilled to the same numbers.
+    # Side by side or each alone, layouts are distilled to the same numbers: two, and a baseline's.
     distilled = [{x: s.per_block for x, s in r.rungs[0].scores.items()} for r in (one, two)]
-    assert distilled[0] == distilled[1] and len(distilled[0]) == 2
+    assert distilled[0] == distilled[1] and len(distilled[0]) == 3
     assert two.best.layout == one.best.layout and two.baselines == one.baselines
     written = yaml.safe_load(best.read_text(encoding="utf-8"))
     assert written["layout"] == list(one.best.layout.candidates)

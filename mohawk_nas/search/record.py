@@ -82,13 +82,12 @@ def study_result(
     if not ledger.rung_scores(recipe):
         # What a study is read for, an audit say, may have a recipe of its own.
         recipe = notes.get(RECIPE, recipe)
-    # Earlier versions kept all in two notes.
-    baselines, asked = dict(notes.get("baselines", {})), dict(notes.get("asked", {}))
-    for label in named_baselines(config.search.baselines):
-        note = notes.get(f"baseline {label}", {"layouts": {}, "asked": 0})
-        baselines |= note["layouts"]
-        if note["asked"]:
-            asked[label] = note["asked"]
+    baselines: dict[str, Layout] = {}
+    asked: dict[str, int] = {}
+    for label, (layouts, count) in _baselines(config, notes).items():
+        baselines |= layouts
+        if count:
+            asked[label] = count
     learnt: dict[str, LearningCost] = {}
     for key, note in sorted(notes.items()):
         if key.startswith("learnt "):
@@ -104,7 +103,7 @@ def study_result(
         pareto=tuple(config.search.pareto),
         trials=tuple(ledger.trials),
         probes=tuple(ledger.probes),
-        baselines={label: Layout(tuple(names)) for label, names in baselines.items()},
+        baselines=baselines,
         asked=asked,
         solved=is_solved(config.search),
         rungs=study_rungs(config, ledger, recipe),
@@ -116,13 +115,29 @@ def study_rungs(config: StudyConfig, ledger: Ledger, recipe: Mapping[str, Any]) 
     """A study's rungs above 0 by a recipe, as far as they are known, the lowest first."""
     search = config.search
     ranked = sorted(ledger.trials, key=lambda trial: (trial.value, trial.number))
+    layouts = [trial.layout for trial in ranked]
+    baselines = [set(named.values()) for named, _ in _baselines(config, ledger.notes()).values()]
     return climb(
         [(trial.layout, trial.score) for trial in ranked],
         weights=search.objective,
         tokens=search.rungs.tokens,
         pruner=build_pruner(search.rungs.pruner),
         found=ledger.rung_scores(recipe),
+        # Some name several layouts, such as every phase of uniform spacing.
+        named={x for named in baselines for x in [y for y in layouts if y in named][:1]},
     )
+
+
+def _baselines(
+    config: StudyConfig, notes: Mapping[str, Any]
+) -> dict[str, tuple[dict[str, Layout], int]]:
+    """Baseline -> its layouts by label, and how many it has looked at."""
+    found = {}
+    for label in named_baselines(config.search.baselines):
+        note = notes.get(f"baseline {label}", {"layouts": {}, "asked": 0})
+        layouts = {name: Layout(tuple(names)) for name, names in note["layouts"].items()}
+        found[label] = layouts, int(note["asked"])
+    return found
 
 
 def is_solved(config: SearchConfig) -> bool:

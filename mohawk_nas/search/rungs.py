@@ -1,8 +1,10 @@
 """Rungs: layouts that scored well are distilled for a while and scored again, fewer at each rung.
 
 Rung 0 is the study itself: undistilled students on the search split. Each rung above it is a budget
-of stage-3 tokens; a pruner decides by the figures of the rung below who climbs to it. Every rung
-starts again from the bank, and its students are measured on the validation split.
+of stage-3 tokens; a pruner decides by the figures of the rung below who climbs to it. Of each
+baseline the best layout climbs to the first rung in any case: rankings name layouts that distil
+better than they score (studies/ground_truth). Every rung starts again from the bank, and its
+students are measured on the validation split.
 
 Who climbs is a function of the scores, so it is kept nowhere: whoever has the scores finds the same
 layouts again, after a kill or beside other workers.
@@ -11,7 +13,7 @@ layouts again, after a kill or beside other workers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -77,16 +79,21 @@ class Halving(Pruner):
 
     factor: int = 4
     """One in so many climbs."""
+    most: int | None = None
+    """So many climb at most; None as many as ``factor`` allows."""
 
     def __post_init__(self) -> None:
         if self.factor < 2:
             raise ValueError(f"`factor >= 2` must hold, but got {self.factor}")
+        if self.most is not None and self.most < 1:
+            raise ValueError(f"`most >= 1` must hold, but got {self.most}")
 
     def climbers(self, blocks: Sequence[Sequence[float]]) -> list[int]:
         return list(range(self.limit(len(blocks))))
 
     def limit(self, count: int) -> int:
-        return min(count, max(2, count // self.factor))
+        part = min(count, max(2, count // self.factor))
+        return part if self.most is None else min(part, self.most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +194,7 @@ def climb(
     tokens: Sequence[int],
     pruner: Pruner,
     found: Mapping[tuple[Layout, int], Score],
+    named: Collection[Layout] = (),
 ) -> tuple[Rung, ...]:
     """Who climbs how far, as far as the scores tell.
 
@@ -196,6 +204,7 @@ def climb(
         tokens: Of each rung, the lowest first.
         pruner: Decides.
         found: (layout, tokens) -> score.
+        named: Those that climb to the first rung in any case.
 
     Returns:
         The rungs, the lowest first. The last one may be incomplete: nobody climbs beyond it yet.
@@ -204,8 +213,12 @@ def climb(
     # With attention everywhere a student has nothing that could be distilled.
     standing = [(layout, score) for layout, score in ranked if layout.replaced_layers]
     for budget in tokens if standing else ():
-        chosen = pruner.climbers([score.blocks(weights) for _, score in standing])
-        climbers = tuple(standing[place][0] for place in chosen)
+        chosen = set(pruner.climbers([score.blocks(weights) for _, score in standing]))
+        climbers = tuple(
+            layout
+            for place, (layout, _) in enumerate(standing)
+            if place in chosen or (layout in named and not rungs)
+        )
         scores = {x: found[x, budget] for x in climbers if (x, budget) in found}
         weights = rung_weights(weights, scores.values())
         rung = Rung(tokens=budget, climbers=climbers, scores=scores, weights=weights)

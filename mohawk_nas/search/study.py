@@ -159,9 +159,13 @@ def plan_search(config: SearchConfig, space: SearchSpace, budget: Budget) -> Sea
     for label, selector in selectors.items():
         if count := selector.num_probes(space, budget):
             probes[label] = count
-    rungs, climbers = {}, min(possible, config.trials)
+    rungs: dict[int, int] = {}
+    climbers = min(possible, config.trials)
     for tokens in config.rungs.tokens:
-        rungs[tokens] = climbers = build_pruner(config.rungs.pruner).limit(climbers)
+        most = build_pruner(config.rungs.pruner).limit(climbers)
+        # Baselines climb to the first rung in any case.
+        named = 0 if rungs else len(named_baselines(config.baselines))
+        rungs[tokens] = climbers = min(climbers, most + named)
     strategy = build_strategy(config.strategy)
     if isinstance(strategy, Selector) and possible > config.trials and not solved:
         selectors[strategy.label] = strategy
