@@ -191,7 +191,7 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     # Of finalists that is picked which distils best on other text than it is judged on.
     regret.main([str(out), *options, "--finalists", "6"])
     (outcome,) = json.loads(report.read_text(encoding="utf-8"))["outcomes"]
-    row = next(r for r in outcome["rows"] if r["strategy"] == "optimum, 6 distilled")
+    row = next(r for r in outcome["rows"] if r["strategy"] == "optimum, rung of 6")
     validated = {
         r["layout"]: r["validation"]["kl"] for r in rows_of(out) if r["kind"] == "distilled"
     }
@@ -200,6 +200,9 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     best, mean = min(distilled.values()), np.mean(list(distilled.values()))
     assert math.isclose(row["regret"], (distilled[picked] - best) / (mean - best), abs_tol=1e-3)
     assert row["p"] is not None
+    # The study's own rung distils half of the layouts, and what its baselines name.
+    row = next(r for r in outcome["rows"] if r["strategy"] == "default study, rung of 6")
+    assert row["missing"] == 0 and row["regret"] >= 0
     # Picks that nobody distilled are named.
     left = [row for row in rows_of(out) if row["kind"] != "distilled"]
     kept = [row for row in rows_of(out) if row["kind"] == "distilled"][:3]

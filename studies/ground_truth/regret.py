@@ -13,9 +13,9 @@ the floor that no strategy gets below but by luck.
 With `--undistilled` regret is that of the score itself, for which nothing need be distilled: how
 soon a strategy finds what is best by the objective.
 
-With `--finalists 8` the optimum and the default study are judged once more as if they had distilled
-the 8 best that they found, as `search.rungs` does, and picked what is best on the validation split:
-by KL, and by recall where the objective holds it.
+With `--finalists 8` the default study is judged once more with `search.rungs`: it distils the 8
+best that it found and what its baselines name, and picks what is best on the validation split by
+KL, and by recall where the objective holds it. So does `optimum` with its 8 best.
 
 Intervals are bootstrapped over the text's blocks and the strategies' seeds, for recall over those
 seeds alone, so that where all picks are one layout there is none. `p` is that of the difference to
@@ -49,7 +49,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mohawk_nas.config import OBJECTIVES, BudgetConfig, SearchConfig, SpaceConfig, StudyConfig
+from mohawk_nas.config import (
+    OBJECTIVES,
+    BudgetConfig,
+    RungsConfig,
+    SearchConfig,
+    SpaceConfig,
+    StudyConfig,
+)
 from mohawk_nas.errors import ConfigError, DataError, MohawkError, RunError
 from mohawk_nas.files import write_json
 from mohawk_nas.layout import Layout
@@ -79,6 +86,8 @@ STRATEGIES = (
 )
 AFTER = (16, 64, 256)
 """Layouts after which a strategy's pick is taken; selectors end by themselves."""
+UNKNOWN = {"kl": -1e9, "recall": 0.0}
+"""Of a finalist that is not distilled: it is picked, so that the pick is counted as missing."""
 TENTHS = 10
 """Of the score's range, from each of which `table.py` draws."""
 REPEATS = 10_000
@@ -214,7 +223,8 @@ class GroundTruth:
             budget=BudgetConfig(attention_layers=self.num_attention),
             search=SearchConfig(objective=dict(objective), **search),
         )
-        return run_study(config, self.space, self.budget, self, run_dir=None)
+        distiller = _Distilled(self)
+        return run_study(config, self.space, self.budget, self, run_dir=None, distiller=distiller)
 
     def best(self, objective: Mapping[str, float], count: int) -> list[str]:
         """The layouts on the budget that are best by the objective."""
@@ -249,12 +259,23 @@ class GroundTruth:
             weights["kl"] = 1.0
 
         def worth(name: str) -> float:
-            found = self.validated.get(name)
-            if found is None:
-                return -math.inf
+            found = self.validated.get(name, UNKNOWN)
             return sum(weight * found[part] for part, weight in weights.items())
 
         return min(finalists, key=worth)
+
+
+@dataclass(frozen=True)
+class _Distilled:
+    """Stands in for the distillations of a study's rung."""
+
+    table: GroundTruth
+    at_once: int = 1000
+
+    def __call__(self, layouts: Sequence[Layout], tokens: int) -> list[Score]:
+        found = [self.table.validated.get(_name(layout), UNKNOWN) for layout in layouts]
+        per_block = [{name: (value,) for name, value in row.items()} for row in found]
+        return [Score(per_block=row, tokens=tokens, seconds=0.0) for row in per_block]
 
 
 @dataclass(frozen=True)
@@ -269,21 +290,6 @@ class Picks:
     """Distilled before the picks, of all seeds."""
 
 
-def after_distilling(
-    table: GroundTruth,
-    objective: Mapping[str, float],
-    picks: Picks,
-    best: Sequence[Sequence[str]],
-) -> Picks:
-    """The same strategy's picks if it distils the best that each seed found."""
-    return Picks(
-        f"{picks.strategy}, {len(best[0])} distilled",
-        picks.layouts,
-        [table.pick_of(names, objective) for names in best],
-        sorted({name for names in best for name in names}),
-    )
-
-
 @dataclass(frozen=True)
 class _Run:
     """What one study scored, in order."""
@@ -291,11 +297,13 @@ class _Run:
     trials: Sequence[tuple[float, str]]
     """Value and layout."""
     probes: int
+    pick: str
+    finalists: Sequence[str]
+    """Distilled before the pick."""
 
-    def best(self, step: int, count: int = 1) -> list[str]:
+    def best(self, step: int) -> str:
         """The best of the first so many."""
-        found = nsmallest(count, self.trials[:step], key=lambda trial: trial[0])
-        return [layout for _, layout in found]
+        return min(self.trials[:step], key=lambda trial: trial[0])[1]
 
 
 @contextmanager
@@ -313,7 +321,12 @@ def _run(
 ) -> _Run:
     result = table.study(objective, seed=seed, **search)
     trials = sorted(result.trials, key=lambda trial: trial.number)
-    return _Run([(t.value, _name(t.layout)) for t in trials], len(result.probes))
+    return _Run(
+        trials=[(t.value, _name(t.layout)) for t in trials],
+        probes=len(result.probes),
+        pick=_name(result.best.layout),
+        finalists=[_name(layout) for rung in result.rungs for layout in rung.climbers],
+    )
 
 
 def _truths(distilled: Sequence[Mapping[str, Any]], *, complete: bool) -> list[Truth]:
@@ -374,7 +387,7 @@ def replay(
     steps = sorted({min(step, most, possible - 1) for step in AFTER})
     search = {"strategy": choice, "trials": steps[-1], "baselines": []}
     runs = list(run_all(partial(_run, table, objective, search), range(seeds)))
-    return [Picks(strategy.label, step, [run.best(step)[0] for run in runs]) for step in steps]
+    return [Picks(strategy.label, step, [run.best(step) for run in runs]) for step in steps]
 
 
 def default_study(
@@ -397,10 +410,21 @@ def default_study(
         # A study that has scored everything ends before.
         if not found or round(statistics.fmean(counts)) > found[-1].layouts:
             count = round(statistics.fmean(counts))
-            found.append(Picks("default study", count, [run.best(step)[0] for run in runs]))
+            found.append(Picks("default study", count, [run.best(step) for run in runs]))
             for several in finalists:
-                best = [run.best(step, several) for run in runs]
-                distilled.append(after_distilling(table, objective, found[-1], best))
+                rungs = RungsConfig(
+                    tokens=[table.tokens], pruner={"name": "halving", "factor": 2, "most": several}
+                )
+                search = {"trials": step, "rungs": rungs}
+                again = list(run_all(partial(_run, table, objective, search), range(seeds)))
+                distilled.append(
+                    Picks(
+                        f"default study, rung of {several}",
+                        count,
+                        [run.pick for run in again],
+                        sorted({name for run in again for name in run.finalists}),
+                    )
+                )
     return [*found, *distilled]
 
 
@@ -496,8 +520,9 @@ def run(arguments: Sequence[str] | None) -> None:
             size = table.budget.count(table.space)
             runs = [Picks("optimum", size, table.best(objective, 1))]
             for count in options.finalists:
-                best = [table.best(objective, count)]
-                runs.append(after_distilling(table, objective, runs[0], best))
+                best = table.best(objective, count)
+                pick = table.pick_of(best, objective)
+                runs.append(Picks(f"optimum, rung of {count}", size, [pick], best))
             with _mapped(options.workers) as run_all:
                 how = {"seeds": options.seeds, "most": options.most, "run_all": run_all}
                 runs += default_study(table, objective, finalists=options.finalists, **how)
