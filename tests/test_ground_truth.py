@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_study import make_study
 
-from mohawk_nas.config import dump
+from mohawk_nas.config import dump, load_study
 from mohawk_nas.data import load_blocks
 from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.metrics import evaluate_blocks
@@ -23,8 +23,10 @@ FOLDER = Path(__file__).parents[1] / "studies" / "ground_truth"
 def load(stem):
     spec = importlib.util.spec_from_file_location(f"ground_truth_{stem}", FOLDER / f"{stem}.py")
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
+    # Dataclasses look their module up, and scripts import each other.
     sys.modules[spec.name] = module
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
     spec.loader.exec_module(module)
     return module
 
@@ -373,3 +375,57 @@ def test_the_report_tells_which_score_predicts(tmp_path, monkeypatch, capsys):
     assert (seeds["kl"]["layouts"], seeds["kl"]["seeds"]) == (30, 3)
     assert seeds["kl"]["reliability"] > 0.98 and seeds["kl"]["ceiling"] > 0.98
     assert "stage2_local" in capsys.readouterr().out
+
+
+def test_a_search_is_compared_at_equal_distillation(study, tmp_path, capsys):
+    versus = load("versus")
+    path, config = study
+    out = tmp_path / "versus.json"
+    fixed = ["search.trials=4", "search.strategy=random", f"output={tmp_path}"]
+    rivals = ["--rivals", "last", "random", "0,1", "uniform"]
+    options = ["--tokens", "128", "--seeds", "0,1", "--out", str(out), *rivals]
+    assert versus.main([str(path), *fixed, *options, "--part", "1/2"]) == 2
+    assert "must hold a finished search" in capsys.readouterr().err
+    assert versus.main([str(path), *fixed, *options]) == 0
+    said = json.loads(out.read_text(encoding="utf-8"))
+    run = tmp_path / config.name
+    rows = [r for r in rows_of(run / "versus.jsonl") if r["kind"] == "distilled"]
+    best, *others = said["rows"]
+    # By hand: what the search read, given to the others.
+    trials = Workbench(load_study(path, fixed)).result()
+    assert said["search_tokens"] == 128 * (len(trials.trials) + len(trials.probes))
+    budgets = {128, 128 + said["search_tokens"]}
+    searched = {(r["layout"], r["tokens"]) for r in rows}
+    for line in others:
+        layout = ",".join(map(str, line["attention_layers"]))
+        same = line["attention_layers"] == best["attention_layers"]
+        assert same == line["chosen_as"].endswith("= searched")
+        assert same or {(layout, tokens) for tokens in budgets} <= searched
+        mean, low, high = line["more_than_searched"]["kl"] if not same else (0, 0, 0)
+        assert low <= mean <= high
+        values = [
+            np.mean(r["kl"]) for r in rows if (r["layout"], r["tokens"]) == (layout, line["tokens"])
+        ]
+        assert len(values) == 2 and math.isclose(np.mean(values), line["kl"])
+        assert same or math.isclose(mean, line["kl"] - best["kl"], abs_tol=1e-9)
+    assert len(rows) == len({(r["layout"], r["tokens"], r["seed"]) for r in rows})
+    # Nothing is distilled twice, nor drawn.
+    before = rows_of(run / "versus.jsonl")
+    assert versus.main([str(path), *fixed, *options]) == 0
+    assert rows_of(run / "versus.jsonl") == before
+    assert "| searched |" in capsys.readouterr().out
+    assert versus.main([str(path), *fixed, *options, "--rivals", "nobody"]) == 2
+    assert "--rivals: nobody" in capsys.readouterr().err
+
+
+def test_intervals_of_several_comparisons_hold_together():
+    versus = load("versus")
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=40)
+    one, other = (
+        versus.Figures({"kl": mean + text + 0.1 * rng.normal(size=(3, 40))}) for mean in (1.2, 1.0)
+    )
+    mean, low, high = one.minus(other, 1)["kl"]
+    assert 0.1 < low < mean < high < 0.3, "what both share is no noise"
+    _, wider_low, wider_high = one.minus(other, 10)["kl"]
+    assert wider_low < low and high < wider_high
