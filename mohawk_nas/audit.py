@@ -359,6 +359,7 @@ def _distil_by_workers(
     before = RowFile(path).rows
     done = sum(len(_done(before, chosen, seed)) for seed in range(work.seeds))
     total, known, told = len(chosen) * work.seeds, len(before), False
+    round_of_all = workers * students_at_once(bench.teacher)
     # This process distils nothing, so what it holds of a GPU is its workers'.
     bench.release()
     places = environments(workers, config.teacher.device)
@@ -379,9 +380,10 @@ def _distil_by_workers(
                 task.advance(count - known, time_up_in=_minutes(work.until - now))
                 known = count
                 if first is None:
-                    # Until now they have been starting.
+                    # Until now they have been starting. Rows come by groups, so it takes a whole
+                    # round to see how fast they are.
                     first = now, count
-                elif not told:
+                elif not told and count >= first[1] + round_of_all:
                     reporter.say(work.outlook((now - first[0]) / (count - first[1]), len(chosen)))
                     told = True
     if not crew.finished:

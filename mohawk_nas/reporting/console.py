@@ -142,7 +142,7 @@ def _baseline_table(result: StudyResult, *, width: int) -> Table:
 
 def _rung_table(result: StudyResult) -> Table:
     columns, rows = text.rung_table(result)
-    table = _table("Rungs: the best are distilled, and the best of these longer")
+    table = _table(text.RUNGS_TITLE)
     table.add_column("keeps")
     for name in columns:
         table.add_column(name, justify="right")

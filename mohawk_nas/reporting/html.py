@@ -58,7 +58,7 @@ def render_report(result: StudyResult, config: StudyConfig) -> str:
         sections += ["<h2>Baselines: what simple rules choose</h2>", _baseline_table(result)]
     if result.rungs:
         sections += [
-            "<h2>Rungs: the best are distilled, and the best of these longer</h2>",
+            f"<h2>{escape(text.RUNGS_TITLE)}</h2>",
             _rung_table(result),
             f'<p class="soft">{escape(text.rung_counts(result))}</p>',
         ]

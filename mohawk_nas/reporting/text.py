@@ -26,6 +26,10 @@ COST_NOTES: Mapping[str, str] = {
 }
 """What the other figures are that ``search.pareto`` may name."""
 
+RUNGS_TITLE = (
+    "Rungs: the best, and the best of each baseline, are distilled; the best of these longer"
+)
+
 TIED_MARK = "≈"
 MOST_TIES = 6
 """Tied layouts named one by one."""
