@@ -166,8 +166,9 @@ def audit(
             hours=hours,
             until=time.time() + 3600 * hours,
         )
-        # Before anyone asks for it at once.
+        # Before anyone asks for them at once.
         bench.bank.train(bench.space.replaceable, reporter=reporter)
+        bench.training_text(tokens)
         rows = folder / "distilled.jsonl"
         if workers == 1:
             _distil(bench, result, rows, work)
@@ -283,6 +284,14 @@ class _Work:
         named = [(label, layout) for label, layout in named if layout in scored]
         return list(choose_layouts(scored, named, min(len(scored), self.layouts or len(scored))))
 
+    def share(self, result: StudyResult, number: int, count: int) -> list[Layout]:
+        """A worker's part of them, from everywhere in the score's range."""
+        chosen = self.chosen(result)
+        if count > 1:
+            # The tenths of the range take turns there, so every n-th would be of few of them.
+            random.Random(0).shuffle(chosen)
+        return chosen[number::count]
+
     def outlook(self, each: float, possible: int) -> str:
         """What interval the time allows, by the seconds of a distillation."""
         count = min(int(3600 * self.hours / each / self.seeds), possible)
@@ -307,12 +316,10 @@ def _distil(
         share: Which part of how many; each takes other layouts.
     """
     config, reporter, rows = bench.config, bench.reporter, RowFile(path)
-    chosen = work.chosen(result)
+    mine = work.share(result, *share)
     train = bench.training_text(work.tokens)
     recipe = dataclasses.replace(config.distill.logits, tokens=work.tokens)
     measure, at_once = measure_on(bench, "validation"), students_at_once(bench.teacher)
-    number, count = share
-    mine = chosen[number::count]
     told, total = False, len(mine) * work.seeds
     done = sum(len(_done(rows.rows, mine, seed)) for seed in range(work.seeds))
     with reporter.stage("audit", total=total, unit="distillation", done=done) as task:
@@ -341,7 +348,7 @@ def _distil(
                 ended = time.time()
                 task.advance(len(group), time_up_in=_minutes(work.until - ended))
                 if not told:
-                    reporter.say(work.outlook((ended - began) / len(group), len(chosen)))
+                    reporter.say(work.outlook((ended - began) / len(group), len(mine)))
                     told = True
 
 

@@ -141,7 +141,7 @@ def audit(
         int | None, typer.Option(help="At most so many; as many as there is time for.", min=1)
     ] = None,
     workers: Annotated[
-        int, typer.Option(help="Processes that distil, one a GPU; 1 distils here.", min=1)
+        int, typer.Option(help="Processes that distil, on the GPUs in turn; 1 distils here.", min=1)
     ] = 1,
 ) -> None:
     """Measure how well a finished search's score foretells distilled layouts."""

@@ -12,7 +12,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -155,16 +155,12 @@ class RowFile:
         self.rows: list[dict[str, Any]] = []
         if not path.is_file():
             return
-        with path.open("r+", encoding="utf-8") as file:
+        with path.open("rb") as file:
             # Nobody is in the middle of a line while this is held.
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_SH)
             lines = file.readlines()
-            whole = [line for line in lines if line.endswith("\n")]
-            if len(whole) < len(lines):
-                # The last line was being written when its process was stopped.
-                file.seek(0)
-                file.write("".join(whole))
-                file.truncate()
+        # The last line was being written when its process was stopped; the next row cuts it off.
+        whole = [line for line in lines if line.endswith(b"\n")]
         try:
             self.rows = [json.loads(line) for line in whole]
         except ValueError as e:
@@ -176,9 +172,10 @@ class RowFile:
         """Append a row; several processes may do so at once."""
         with telling_full_disk(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("ab+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(json.dumps(row) + "\n")
+                _cut_unfinished_line(file)
+                file.write(f"{json.dumps(row)}\n".encode())
         self.rows.append(dict(row))
 
     def find(self, **wanted: Any) -> Iterator[dict[str, Any]]:
@@ -186,6 +183,14 @@ class RowFile:
         for row in self.rows:
             if all(row.get(key) == value for key, value in wanted.items()):
                 yield row
+
+
+def _cut_unfinished_line(file: BinaryIO) -> None:
+    if size := file.seek(0, os.SEEK_END):
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def save_tensors(

@@ -10,6 +10,7 @@ from mohawk_nas import files
 from mohawk_nas.errors import TrainingError
 from mohawk_nas.files import (
     DamagedFile,
+    RowFile,
     atomic_folder,
     atomic_write,
     load_metadata,
@@ -146,3 +147,17 @@ def test_tensors(tmp_path: Path) -> None:
             load_tensors(path)
     with pytest.raises(FileNotFoundError):
         load_tensors(tmp_path / "none.safetensors")
+
+
+def test_a_row_is_never_written_behind_half_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    one, other = RowFile(path), RowFile(path)
+    one.add({"a": 1})
+    # Another process was stopped in the middle of a line, while this one goes on.
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"b": 2')
+    assert RowFile(path).rows == [{"a": 1}]
+    other.add({"c": 3})
+    assert RowFile(path).rows == [{"a": 1}, {"c": 3}]
+    path.chmod(0o400)
+    assert RowFile(path).rows == [{"a": 1}, {"c": 3}]

@@ -204,7 +204,7 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     assert row["p"] is not None
     # The study's own rung distils half of the layouts, and what its baselines name.
     row = next(r for r in outcome["rows"] if r["strategy"] == "default study, rung of 6")
-    assert row["missing"] == 0 and row["regret"] >= 0
+    assert row["missing"] == 0
     # Picks that nobody distilled are named.
     left = [row for row in rows_of(out) if row["kind"] != "distilled"]
     kept = [row for row in rows_of(out) if row["kind"] == "distilled"][:3]

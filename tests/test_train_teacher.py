@@ -126,7 +126,7 @@ def test_recall_is_asked_with_and_without_tokens_between(train_teacher):
 
 
 def test_tasks_stand_anywhere_among_prose(train_teacher):
-    """A block's first token must not tell what comes: such a teacher reads in one of two modes."""
+    """A block's first token must not settle what comes, or a teacher reads in one of two modes."""
     corpus = torch.arange(300, 20_300, dtype=torch.int32)
     sizes = ["--tokens", "1K", "--seq-len", "64", "--batch", "8", "--recall-fraction", "0.5"]
     files = ["--data", __file__, "--validation", __file__, "--out", "new"]

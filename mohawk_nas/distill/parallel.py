@@ -167,10 +167,14 @@ class _RecordedTeacher:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """:meth:`Teacher.run` of tokens on the CPU, all of one shape; valid until the next call."""
+        fits = True
         try:
             self._run(tokens)
         except torch.OutOfMemoryError:
-            # What does not fit once more as a recording runs plainly from now on.
+            fits = False
+        if not fits:
+            # What does not fit once more as a recording runs plainly from now on. Not in the block
+            # above, where the error would hold on to what it was computing.
             self._run(tokens)
         assert self._said is not None and self._said.shape[:2] == tokens.shape
         return self._said

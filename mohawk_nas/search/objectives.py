@@ -106,9 +106,10 @@ class BankScorer:
             columns["attention_layers"] = self._constant(len(layout.attention_layers))
         if "cache" in self.weights:
             columns["cache"] = self._constant(self._cache_bytes(layout))
+        asked = self.probe.tokens.numel() if self.probe and "recall" in self.weights else 0
         return Score(
             per_block={n: tuple(columns[n].tolist()) for n in FIGURES if n in self.weights},
-            tokens=self.blocks.tokens.numel(),
+            tokens=self.blocks.tokens.numel() + asked,
             seconds=time.perf_counter() - began,
         )
 

@@ -14,8 +14,9 @@ document. The script trains a byte-level BPE on them, packs all documents into o
 From prose alone a model of a few million parameters hardly learns to look things up, and a search
 that scores recall then measures noise. `--recall-fraction 0.1` puts into a tenth of the training
 blocks random tokens that can only be predicted by looking back (`recall_row` and `copy_row` below),
-with prose before and after them; the accuracy on fresh ones is printed as training goes on. It
-stays at zero for long and then rises within a few hundred steps.
+with prose before and after them, and <|endoftext|> at the head of half of all blocks. The accuracy
+on fresh ones is printed as training goes on. It stays at zero for long and then rises within a few
+hundred steps.
 """
 
 import argparse
@@ -119,7 +120,12 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--lr", type=float, default=2e-3, help="highest learning rate")
     add("--warmup", type=fraction, default=0.02, help="share of the steps")
     add("--decay", type=fraction, default=0.2, help="share of the steps")
-    add("--recall-fraction", type=fraction, default=0.0, help="share of synthetic sequences")
+    add(
+        "--recall-fraction",
+        type=fraction,
+        default=0.0,
+        help="share of the blocks with tasks in them",
+    )
     add("--seed", type=int, default=0)
     add("--compile", action="store_true", help="use torch.compile")
     args = parser.parse_args(argv)

@@ -86,7 +86,7 @@ STRATEGIES = (
 )
 AFTER = (16, 64, 256)
 """Layouts after which a strategy's pick is taken; selectors end by themselves."""
-UNKNOWN = {"kl": -1e9, "recall": 0.0}
+UNKNOWN = {"kl": -1e9, "recall": -1e9}
 """Of a finalist that is not distilled: it is picked, so that the pick is counted as missing."""
 TENTHS = 10
 """Of the score's range, from each of which `table.py` draws."""

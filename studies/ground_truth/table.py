@@ -186,7 +186,7 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
         "kind": "head",
         "study": settings(config),
         "identity": {k: v for k, v in bench.identity.items() if not k.startswith("mixers")},
-        "recall": {s: str(bench.probe(s)) for s in ("search", "test")},
+        "recall": {s: str(bench.probe(s)) for s in ("search", "validation", "test")},
     }
     if not table.rows:
         made_with = {key: value for key, value in provenance().items() if key != "command"}

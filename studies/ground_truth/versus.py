@@ -4,9 +4,9 @@
         --rivals uniform swap_one random 4,10,16,22
 
 The study is searched first if it has not been. Its best layout is distilled from the bank with
-`--tokens` of stage 3. So is each rival, once with as many and once with all tokens that the search
-read besides: of every layout scored and every probe, of gates, and of the distillations of rungs.
-The bank is everyone's. What a search costs is thus given to those who do without.
+`--tokens` of stage 3. So is each rival, once with as many and once with the search's own tokens
+besides: those that every layout and every probe was scored on, those of gates, and those that rungs
+distilled on. The bank is everyone's. What a search costs is thus given to those who do without.
 
 A rival is one of the study's baselines by its label, of which the one that scored best is taken if
 there are several; a layout of one's own; or `random`: the best by the study's objective of as many
