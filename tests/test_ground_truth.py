@@ -354,6 +354,9 @@ def test_the_report_tells_which_score_predicts(tmp_path, monkeypatch, capsys):
                 # A budget foretells by the first half of these, and is foretold on the other.
                 blocks = [kl, 9 * rng.normal()] if tokens == 0 else [9 * rng.normal(), kl]
                 found = {"kl": kl, "kl_blocks": 3 * blocks, "recall": value}
+                # The first seed's alone says anything.
+                seen = value if seed == 0 else rng.normal()
+                found["validation"] = {"kl": seen, "recall": -seen}
                 row = {"kind": "distilled", "bank_seed": 0, "seed": seed, "tokens": tokens}
                 rows.append(row | {"layout": str(i)} | found)
     # Another bank's rows stand apart.
@@ -368,6 +371,8 @@ def test_the_report_tells_which_score_predicts(tmp_path, monkeypatch, capsys):
     assert found["kl", "stage2_local"]["low"] < 0 < found["kl", "stage2_local"]["high"]
     assert 0.5 < found["kl", "0 tokens"]["value"] < 0.9
     # More recall is better, and the objective of that name is what is lost of it.
+    assert found["kl", "640 tokens, validation text"]["low"] > 0.95
+    assert found["recall", "640 tokens, validation text"]["value"] == -1
     assert found["recall", "recall"]["value"] == 1 == found["recall", "0 tokens"]["value"]
     assert found["recall", "kl"]["high"] < -0.95
     assert all(row["layouts"] == 80 for row in said["predictions"])

@@ -166,15 +166,19 @@ def probe_for(bench, model, *, wrong):
     tokens = torch.randint(300, 400, (2 * blocks, 12), generator=generator)
     with torch.no_grad():
         hidden = body(model, tokens)
+    # Every other sequence is asked earlier, as short ones are.
+    positions = torch.full((len(tokens), 1), 10)
+    positions[::2] = 7
     probe = RecallProbe(
         split="search",
         asked=((Template(), 4),),
         tokens=tokens,
-        positions=torch.full((len(tokens), 1), 10),
+        positions=positions,
         teacher_recall=0.8,
     )
-    tokens[:, 11] = bench.teacher.logits(hidden)[:, 10].argmax(-1)
-    tokens[:wrong, 11] += 1
+    rows, asked = torch.arange(len(tokens)), positions[:, 0]
+    tokens[rows, asked + 1] = bench.teacher.logits(hidden)[rows, asked].argmax(-1)
+    tokens[rows[:wrong], asked[:wrong] + 1] += 1
     return probe
 
 

@@ -6,9 +6,10 @@ For each table and each budget of stage 3: the rank correlation of every objecti
 smaller budget, with the distilled KL and recall of the largest budget, over the layouts that have
 all of them, with bootstrap intervals; overall and within the best quarter by the distilled figure.
 A smaller budget's KL is taken on every other block of the text, and foretells that on the others:
-on the same blocks the two would share their noise. Then what the seeds of stage 3 allow: the share
-of the variance that the layouts make, and the correlation that a perfect score would reach. Written
-beside the tables as `report.json`.
+on the same blocks the two would share their noise. The largest budget's figure on the validation
+split, of one seed, is what a study's rungs choose by. Then what the seeds of stage 3 allow: the
+share of the variance that the layouts make, and the correlation that a perfect score would reach.
+Written beside the tables as `report.json`.
 """
 
 from __future__ import annotations
@@ -109,8 +110,13 @@ def predict(name: str, rows: Sequence[Mapping[str, Any]], truth: str) -> list[Pr
             for layout, value in halves(distilled, tokens, first=True).items():
                 known[layout][f"{tokens:,} tokens"] = value
         apart = halves(distilled, budgets[-1], first=False)
+    validated = f"{budgets[-1]:,} tokens, validation text"
+    for layout, value in on_validation(distilled, truth, budgets[-1]).items():
+        known[layout][validated] = value
     names = [n for n in OBJECTIVES if any(n in figures for figures in known.values())]
     names += [f"{tokens:,} tokens" for tokens in budgets[:-1]]
+    # Tables from before it was kept have none.
+    names += [validated] if any(validated in figures for figures in known.values()) else []
     layouts = [x for x, figures in known.items() if {*names, last} <= set(figures)]
     whole = [known[layout] for layout in layouts]
     if len(whole) < FEWEST:
@@ -122,7 +128,7 @@ def predict(name: str, rows: Sequence[Mapping[str, Any]], truth: str) -> list[Pr
         worth = sign * np.array([apart[x] if others else known[x][last] for x in layouts])
         best = worth <= np.quantile(worth, 0.25)
         # A budget's recall is a share that is right, the objective of that name one that is lost.
-        turned = sign if score.endswith("tokens") else 1
+        turned = sign if "tokens" in score else 1
         scores = turned * np.array([figures[score] for figures in whole])
         found.append(
             Prediction(
@@ -170,6 +176,17 @@ def by_layout(
     for row in sorted(distilled, key=lambda row: int(row["seed"])):
         if row["tokens"] == tokens and row["bank_seed"] == 0:
             found.setdefault(row["layout"], []).append(row[truth])
+    return found
+
+
+def on_validation(
+    distilled: Sequence[Mapping[str, Any]], truth: str, tokens: int
+) -> dict[str, float]:
+    """Layout -> what a rung would see of it: the first seed, on the validation split."""
+    found: dict[str, float] = {}
+    for row in sorted(distilled, key=lambda row: int(row["seed"])):
+        if row["tokens"] == tokens and row["bank_seed"] == 0 and "validation" in row:
+            found.setdefault(row["layout"], row["validation"][truth])
     return found
 
 
