@@ -26,7 +26,7 @@ from mohawk_nas.files import RowFile, read_json, write_json
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.metrics import evaluate_blocks
 from mohawk_nas.plan import find_problems
-from mohawk_nas.recall import recall
+from mohawk_nas.recall import answers
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.runs import check_identity, check_run_dir, only_one
 from mohawk_nas.search import statistics
@@ -224,15 +224,20 @@ def choose_layouts(
 def measure_on(
     bench: Workbench, split: Literal["validation", "test"]
 ) -> Callable[[Any], dict[str, Any]]:
-    """What a distilled student is measured by: KL of each block, cross-entropy, recall."""
+    """What a distilled student is measured by: KL of each block, cross-entropy, recall.
+
+    Recall is the share of right answers, and that of each of the probe's sequences beside it.
+    """
     probe = bench.probe(split)
 
     def measure(model: Any) -> dict[str, Any]:
         figures = evaluate_blocks(bench.teacher, model, bench.blocks[split])
+        right = None if probe is None else answers(model, probe)
         return {
             "kl_blocks": list(figures.kl),
             "cross_entropy": figures.mean_cross_entropy,
-            "recall": None if probe is None else recall(model, probe),
+            "recall": None if right is None else right.mean().item(),
+            "recall_sequences": None if right is None else right.tolist(),
         }
 
     return measure
@@ -281,6 +286,8 @@ class _Work:
         # With attention everywhere there is nothing to distil.
         scored = {t.layout: t.value for t in result.trials if t.layout.replaced_layers}
         named = [("best", result.best.layout), *result.baselines.items()]
+        # What short distillations chose among may hold the truly best.
+        named += [("climbed", layout) for rung in result.rungs for layout in rung.climbers]
         named = [(label, layout) for label, layout in named if layout in scored]
         return list(choose_layouts(scored, named, min(len(scored), self.layouts or len(scored))))
 
@@ -445,6 +452,12 @@ def _report(result: StudyResult, rows: Sequence[Mapping[str, Any]], *, tokens: i
     figures = {"kl": blocks.mean(axis=2)}
     if rows[0]["recall"] is not None:
         figures["recall"] = np.array([[row["recall"] for row in whole[x]] for x in layouts])
+    # Figure -> (N, S, B), by blocks of text or sequences of the probe, lower is better.
+    parts = {"kl": blocks}
+    # Audits begun by an earlier version lack them.
+    if all(row.get("recall_sequences") for found in whole.values() for row in found):
+        by_sequence = [[row["recall_sequences"] for row in whole[x]] for x in layouts]
+        parts["recall"] = -np.array(by_sequence)
     joined = blocks.reshape(len(layouts), -1)
     order = np.argsort(joined.mean(axis=1), kind="stable")
     terms = [f"{x:g} {name}" if x != 1 else name for name, x in result.weights.items()]
@@ -455,7 +468,14 @@ def _report(result: StudyResult, rows: Sequence[Mapping[str, Any]], *, tokens: i
         seeds=seeds,
         tokens=tokens,
         trusts=tuple(
-            _trust(name, scores, values if name == "kl" else -values, kept, searched)
+            _trust(
+                name,
+                scores,
+                values if name == "kl" else -values,
+                kept,
+                searched,
+                parts=parts.get(name),
+            )
             for name, values in figures.items()
         ),
         best=layouts[best],
@@ -479,8 +499,10 @@ def _trust(
     values: statistics.Values,
     kept: statistics.Values,
     searched: int | None,
+    *,
+    parts: statistics.Values | None,
 ) -> Trust:
-    """Of one figure ``(N, S)``, lower is better."""
+    """Of one figure ``(N, S)``, lower is better, and its parts ``(N, S, B)``."""
     truth = values.mean(axis=1)
     several = values.shape[1] > 1
     top = truth <= np.quantile(truth, 0.25)
@@ -491,6 +513,10 @@ def _trust(
         judge = values[:, -1]
         if judge[int(np.argmin(first))] < judge.mean():
             regret = statistics.regret(scores, first, searched, judge=judge)
+            if parts is not None:
+                chosen = parts[:, :-1].mean(axis=1) if several else parts[:, 0]
+                within = statistics.regret_within(chosen, searched, judge=parts[:, -1])
+                regret = dataclasses.replace(regret, within=within)
     return Trust(
         figure=name,
         spearman=statistics.spearman(scores, truth),

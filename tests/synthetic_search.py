@@ -58,7 +58,7 @@ def make_space(num_layers, *, replacements=("ssm",), pinned=None):
 
 
 def make_config(num_attention, *, name="made-up", seed=0, **search):
-    search = {"trials": 16, "baselines": [], **search}
+    search = {"trials": 16, "baselines": [], "objective": {"kl": 1.0}, **search}
     return StudyConfig(
         name=name,
         seed=seed,

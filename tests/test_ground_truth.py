@@ -249,6 +249,66 @@ def test_a_finalist_is_picked_by_what_the_objective_weighs(table, study, tmp_pat
     assert found.pick_of([*names, "8,9"], {"kl": 1.0}) == "8,9"
 
 
+def test_recall_has_an_interval_where_its_sequences_are_kept(table, study, tmp_path):
+    regret = load("regret")
+    path, _ = study
+    out = tmp_path / "tiny.jsonl"
+    assert table.main([str(path), "--out", str(out), "--distil", "6"]) == 0
+    rows, shares = rows_of(out), iter((0.9, 0.8, 0.7, 0.4, 0.2, 0.0))
+    for row in rows:
+        if row["kind"] == "distilled":
+            row["recall"] = next(shares)
+
+    def recall():
+        out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return regret.GroundTruth.read(out).truths[1]
+
+    assert recall().blocks is None
+    rng = np.random.default_rng(0)
+    for row in rows:
+        if row["kind"] == "distilled":
+            row["recall_sequences"] = (row["recall"] + 0.1 * rng.normal(size=20)).tolist()
+    truth = recall()
+    second = next(name for name, lost in truth.values.items() if lost == -0.8)
+    picks = regret.Picks("x", 1, [second])
+    told = regret.judge(picks, truth)
+    assert (
+        told["low"] < told["regret"] == pytest.approx(0.1 / 0.4) and told["regret"] < told["high"]
+    )
+
+
+def test_gates_name_what_they_named_when_the_table_was_made(table, study, tmp_path):
+    regret = load("regret")
+    path, _ = study
+    out = tmp_path / "tiny.jsonl"
+    assert table.main([str(path), "--out", str(out), "--distil", "6"]) == 0
+    rows = [row for row in rows_of(out) if row["kind"] != "picks"]
+    named = [["gates", "0,2"], ["gates:2", "1,3"], ["gates:3", "0,2"], ["swap_one", "2,3"]]
+    rows.append({"kind": "picks", "bank_seed": 0, "named": named})
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = regret.GroundTruth.read(out)
+    result = found.study({"kl": 1.0}, seed=3, strategy="random", trials=1, baselines=["gates"])
+    kept = {label: layout.attention_layers for label, layout in result.baselines.items()}
+    assert kept == {"gates": (0, 2), "gates:2": (1, 3), "gates:3": (0, 2)}
+    for other in ({"tokens": 64}, {"restarts": 4}):
+        choice = {"name": "gates", **other}
+        with pytest.raises(regret.DataError, match="must hold gates learnt"):
+            found.study({"kl": 1.0}, seed=3, strategy="random", trials=1, baselines=[choice])
+
+
+def test_layouts_of_ones_own_are_scored_beside_those_drawn(table, study, tmp_path):
+    path, _ = study
+    out, asked = tmp_path / "tiny.jsonl", tmp_path / "asked.txt"
+    assert table.main([str(path), "--out", str(out), "--zero-shot", "2"]) == 0
+    drawn = {row["layout"] for row in rows_of(out) if row["kind"] == "zero_shot"}
+    asked.write_text("0,1\n1,2\n2,3\n", encoding="utf-8")
+    options = ["--zero-shot", "2", "--score", str(asked)]
+    assert table.main([str(path), "--out", str(out), *options]) == 0
+    scored = [row["layout"] for row in rows_of(out) if row["kind"] == "zero_shot"]
+    assert sorted(scored) == sorted(drawn | {"0,1", "1,2", "2,3"})
+    assert not any(row["kind"] == "distilled" for row in rows_of(out))
+
+
 def test_p_tells_a_worse_strategy_from_an_equal_one():
     regret = load("regret")
     rng = np.random.default_rng(0)

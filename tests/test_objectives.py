@@ -91,6 +91,31 @@ def test_scores_do_not_depend_on_what_is_kept_in_memory(bench, monkeypatch, kept
     assert first._runner.layers_run < scorer._runner.layers_run <= num_batches * 4 * len(layouts)
 
 
+def test_less_is_kept_where_others_have_taken_the_memory(bench, monkeypatch):
+    layout, scorer = keeping(0, 3), bench.scorer()
+    alone, real, tried = scorer.score(layout), scorer._score_assembled, []
+
+    def score_once_there_is_room(layout):
+        tried.append(dict(scorer.kept_bytes))
+        assert "_runner" not in vars(scorer) or len(tried) == 1, "what was kept is let go"
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError("no room")
+        return real(layout)
+
+    monkeypatch.setattr(scorer, "_score_assembled", score_once_there_is_room)
+    assert scorer.score(layout).per_block == alone.per_block
+    first = objectives.KEPT_BYTES
+    assert tried == [{name: kept // 2**i for name, kept in first.items()} for i in range(3)]
+
+    def never(layout):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(scorer, "_score_assembled", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        scorer.score(layout)
+    assert not any(scorer.kept_bytes.values())
+
+
 def test_stage2_losses_are_the_local_objective_of_single_layers(bench):
     losses = bench.scorer().stage2_losses()
     assert set(losses) == {(i, "mamba2") for i in range(4)}

@@ -28,6 +28,7 @@ from mohawk_nas.reporting.text import (
     COST_NOTES,
     OBJECTIVE_NOTES,
     audit_verdict,
+    regret_total,
 )
 from mohawk_nas.search.result import Placement, StudyResult, compare_blocks
 from mohawk_nas.search.scoring import Score
@@ -220,7 +221,7 @@ def show_audit(report: AuditReport, *, files: Sequence[Path]) -> None:
     row("R² of single layers", (share(t.fit.additive) for t in trusts))
     row("R² with pairs of layers", (share(t.fit.pairwise) for t in trusts))
     regrets = [t.regret for t in trusts]
-    row("regret", (r and f"{r.total:.1%}" for r in regrets))
+    row("regret [95 %]", (r and regret_total(r) for r in regrets))
     row("  of the objective", (r and f"{r.objective:.1%}" for r in regrets))
     row("  of the strategy", (r and f"{r.strategy:.1%}" for r in regrets))
     _OUT.print(table)

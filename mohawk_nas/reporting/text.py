@@ -11,6 +11,7 @@ from mohawk_nas.search.result import Comparison, Placement, StudyResult
 
 if TYPE_CHECKING:
     from mohawk_nas.audit import AuditReport, Trust
+    from mohawk_nas.search.statistics import Regret
 
 OBJECTIVE_NOTES: Mapping[str, str] = {
     "kl": "KL divergence from the teacher, nats a token",
@@ -219,11 +220,17 @@ def trust_lines(trust: Trust) -> list[str]:
         )
     else:
         lines.append(
-            f"Regret {trust.regret.total:.1%} of (mean of the distilled - best): "
+            f"Regret {regret_total(trust.regret)} of (mean of the distilled - best): "
             f"{trust.regret.objective:.1%} is the score's, by how its best layout distils, and "
             f"{trust.regret.strategy:.1%} the search's, by how the study's best differs from that."
         )
     return lines
+
+
+def regret_total(regret: Regret) -> str:
+    """A total regret, with its interval if it is known."""
+    within = "" if regret.within is None else " [{:.1%}, {:.1%}]".format(*regret.within)
+    return f"{regret.total:.1%}{within}"
 
 
 def value_name(result: StudyResult) -> str:

@@ -43,6 +43,8 @@ hidden states; the rest is made again when it is needed."""
 
 KEPT_SHARES = {"teacher": 0.25, "students": 0.25}
 """The same on a GPU, as shares of what is free when scoring begins."""
+LEAST_KEPT_BYTES = 2**24
+"""Less is not worth keeping."""
 
 
 class BankScorer:
@@ -94,6 +96,21 @@ class BankScorer:
     def score(self, layout: Layout) -> Score:
         """Score one layout on every block of the search split; lower is better."""
         began = time.perf_counter()
+        while True:
+            try:
+                return self._score(layout, began)
+            except torch.OutOfMemoryError:
+                if not any(self.kept_bytes.values()):
+                    raise
+            # Not within the except clause, which would hold on to the tensors of the failed one.
+            # Somebody else has come to this GPU since its free memory was looked at.
+            self.release()
+            free = _memory_for(self.teacher.device)
+            self.kept_bytes = {
+                name: _halved(min(kept, free[name])) for name, kept in self.kept_bytes.items()
+            }
+
+    def _score(self, layout: Layout, began: float) -> Score:
         columns: dict[str, Tensor] = {}
         if "stage2_local" in self.weights:
             rows = [self._local[i, layout[i]] for i in layout.replaced_layers]
@@ -293,6 +310,10 @@ class PerTrialScorer(BankScorer):
         if "_local" not in self.__dict__:
             self.bank.train(self.pairs, reporter=SILENT, keep=False)
         return super().stage2_losses()
+
+
+def _halved(kept: int) -> int:
+    return kept // 2 if kept // 2 >= LEAST_KEPT_BYTES else 0
 
 
 def _memory_for(device: torch.device) -> dict[str, int]:

@@ -23,6 +23,7 @@ __all__ = [
     "fit_layers",
     "kendall",
     "regret",
+    "regret_within",
     "reliability",
     "spearman",
     "tied_with_best",
@@ -102,6 +103,8 @@ class Regret:
     """The truth of the objective's own optimum: what a perfect search for it would cost."""
     strategy: float
     """What the pick costs beyond that: below 0 where missing the optimum was lucky."""
+    within: tuple[float, float] | None = None
+    """Where the total lies over other text, with 95 %; None where that is not known."""
 
     @property
     def total(self) -> float:
@@ -129,6 +132,30 @@ def regret(score: Values, truth: Values, pick: int, *, judge: Values | None = No
     return Regret(
         objective=float((optimum - best) / scale), strategy=float((judged[pick] - optimum) / scale)
     )
+
+
+def regret_within(
+    truth: Values, pick: int, *, judge: Values | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """Where 95 % of a pick's total regrets lie over resampled text.
+
+    Args:
+        truth: ``(N, B)``, the same B blocks of text or sequences of a probe for each layout; lower
+            is better. In each sample the best is chosen anew.
+        pick: The strategy's choice.
+        judge: ``(N, B)``, as of :func:`regret`.
+        seed: Of the samples.
+    """
+    size = truth.shape[1]
+    times = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=REPEATS)
+    chosen = truth @ times.T / size
+    judged = chosen if judge is None else judge @ times.T / size
+    best = judged[chosen.argmin(axis=0), np.arange(REPEATS)]
+    scale = judged.mean(axis=0) - best
+    # Where the best is no better than the mean of all, there is nothing to choose.
+    regrets = ((judged[pick] - best) / scale)[scale > 0]
+    low, high = np.quantile(regrets, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def tied_with_best(blocks: Values, *, within: float = 2.0) -> list[int]:

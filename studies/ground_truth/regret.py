@@ -17,11 +17,11 @@ With `--finalists 8` the default study is judged once more with `search.rungs`: 
 best that it found and what its baselines name, and picks what is best on the validation split by
 KL, and by recall where the objective holds it. So does `optimum` with its 8 best.
 
-Intervals are bootstrapped over the text's blocks and the strategies' seeds, for recall over those
-seeds alone, so that where all picks are one layout there is none. `p` is that of the difference to
-the reference strategy, after Holm for the number of comparisons. Picks that
-are not distilled are counted, left out, and written with the finalists that are not to `--missing`,
-for `table.py --layouts`.
+Intervals are bootstrapped over the text's blocks, or the recall probe's sequences, and the
+strategies' seeds. A table that keeps no sequences gives recall the seeds alone, so that where all
+picks are one layout there is no interval. `p` is that of the difference to the reference strategy,
+after Holm for the number of comparisons. Picks that are not distilled are counted, left out, and
+written with the finalists that are not to `--missing`, for `table.py --layouts`.
 """
 
 from __future__ import annotations
@@ -62,10 +62,11 @@ from mohawk_nas.files import write_json
 from mohawk_nas.layout import Layout
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.result import StudyResult
-from mohawk_nas.search.scoring import Score
+from mohawk_nas.search.scoring import Learnt, Score
 from mohawk_nas.search.space import SearchSpace, load_space
+from mohawk_nas.search.strategies.gates import Gates
 from mohawk_nas.search.strategy import Selector, build_strategy
-from mohawk_nas.search.study import run_study
+from mohawk_nas.search.study import run_study, trial_seed
 
 Array = npt.NDArray[np.float64]
 Mapped = Callable[..., Iterable[Any]]
@@ -83,6 +84,7 @@ STRATEGIES = (
     "greedy",
     "{name: greedy, swaps: 2}",
     "beam",
+    "gates",
 )
 AFTER = (16, 64, 256)
 """Layouts after which a strategy's pick is taken; selectors end by themselves."""
@@ -102,7 +104,7 @@ class Truth:
     values: Mapping[str, float]
     """Layout -> mean over the seeds of stage 3; lower is better."""
     blocks: Mapping[str, Array] | None
-    """Layout -> the same by blocks of text."""
+    """Layout -> the same by blocks of text, or sequences of the recall probe."""
     drawn: Sequence[Sequence[str]]
     """Layouts that stand for all on the budget: groups that stand for equal parts of it."""
 
@@ -149,6 +151,8 @@ class GroundTruth:
     tokens: int
     teacher_recall: Mapping[str, float]
     """Split -> share of its probe that the teacher solves."""
+    gates: Sequence[str]
+    """What each restart of `gates` named when the table was made."""
 
     @classmethod
     def read(cls, path: Path) -> GroundTruth:
@@ -173,6 +177,7 @@ class GroundTruth:
         distilled = [row for row in rows if row["kind"] == "distilled"]
         tokens = max((row["tokens"] for row in distilled), default=0)
         distilled = [row for row in distilled if row["tokens"] == tokens]
+        picks = next((row["named"] for row in rows if row["kind"] == "picks"), [])
         return cls(
             name=path.stem,
             num_layers=num_layers,
@@ -182,6 +187,7 @@ class GroundTruth:
             distilled=distilled,
             tokens=tokens,
             teacher_recall=rows[0].get("teacher_recall", {}),
+            gates=[layout for label, layout in picks if label.split(":")[0] == "gates"],
         )
 
     @cached_property
@@ -223,8 +229,27 @@ class GroundTruth:
             budget=BudgetConfig(attention_layers=self.num_attention),
             search=SearchConfig(objective=dict(objective), **search),
         )
-        distiller = _Distilled(self)
-        return run_study(config, self.space, self.budget, self, run_dir=None, distiller=distiller)
+        return run_study(
+            config,
+            self.space,
+            self.budget,
+            self,
+            run_dir=None,
+            distiller=_Distilled(self),
+            learn_gates=partial(self._learnt, seed),
+        )
+
+    def _learnt(self, study_seed: int, *, seed: int, **choices: Any) -> Learnt:
+        """Gates are not learnt again: each restart names what it named when the table was made."""
+        usual = {name: getattr(Gates(), name) for name in ("tokens", "lr", "recall_weight")}
+        other = {name: choices[name] for name in usual if choices[name] != usual[name]}
+        seeds = [trial_seed(study_seed, n, "gates") for n in range(1, len(self.gates) + 1)]
+        if other or seed not in seeds:
+            asked = f"with {other}" if other else "so often"
+            raise DataError(f"{self.name}: must hold gates learnt {asked}; name `gates` as it is")
+        kept = self.space.parse(self.gates[seeds.index(seed)]).attention_layers
+        worth = {layer: float(layer in kept) for layer in range(self.num_layers)}
+        return Learnt(worth=worth, tokens=usual["tokens"], seconds=0.0)
 
     def best(self, objective: Mapping[str, float], count: int) -> list[str]:
         """The layouts on the budget that are best by the objective."""
@@ -344,7 +369,14 @@ def _truths(distilled: Sequence[Mapping[str, Any]], *, complete: bool) -> list[T
     truths = [Truth("kl", kl, blocks, drawn)]
     if distilled[0]["recall"] is not None:
         lost = {name: -statistics.fmean(r["recall"] for r in x) for name, x in by_layout.items()}
-        truths.append(Truth("recall", lost, None, drawn))
+        sequences = None
+        # Rows of an earlier version lack them.
+        if all("recall_sequences" in row for row in distilled):
+            sequences = {
+                name: -np.mean([row["recall_sequences"] for row in rows], axis=0)
+                for name, rows in by_layout.items()
+            }
+        truths.append(Truth("recall", lost, sequences, drawn))
     return truths
 
 
@@ -398,11 +430,13 @@ def default_study(
     most: int,
     run_all: Mapped,
     finalists: Sequence[int],
+    baselines: Sequence[Any] | None,
 ) -> list[Picks]:
     """A study's own baselines and then its strategy, as they come; probes are counted first."""
+    named = {} if baselines is None else {"baselines": list(baselines)}
     # One short of the whole space, which a study would enumerate instead.
     most = min(most, table.budget.count(table.space) - 1)
-    runs = list(run_all(partial(_run, table, objective, {"trials": most}), range(seeds)))
+    runs = list(run_all(partial(_run, table, objective, named | {"trials": most}), range(seeds)))
     found: list[Picks] = []
     distilled: list[Picks] = []
     for step in sorted({min(step, most) for step in AFTER}):
@@ -415,7 +449,7 @@ def default_study(
                 rungs = RungsConfig(
                     tokens=[table.tokens], pruner={"name": "halving", "factor": 2, "most": several}
                 )
-                search = {"trials": step, "rungs": rungs}
+                search = named | {"trials": step, "rungs": rungs}
                 again = list(run_all(partial(_run, table, objective, search), range(seeds)))
                 distilled.append(
                     Picks(
@@ -495,6 +529,7 @@ def run(arguments: Sequence[str] | None) -> None:
     add("tables", nargs="+", type=Path)
     add("--by", nargs="+", default=["kl"], help="objectives, as a study names them")
     add("--strategies", nargs="*", default=STRATEGIES)
+    add("--baselines", nargs="*", help="of the default study; those of a study that names none")
     add("--reference", default="default study", help="strategy to compare with, by its label")
     add("--seeds", type=int, default=10)
     add("--workers", type=int, default=os.cpu_count(), help="processes; one a core")
@@ -525,7 +560,10 @@ def run(arguments: Sequence[str] | None) -> None:
                 runs.append(Picks(f"optimum, rung of {count}", size, [pick], best))
             with _mapped(options.workers) as run_all:
                 how = {"seeds": options.seeds, "most": options.most, "run_all": run_all}
-                runs += default_study(table, objective, finalists=options.finalists, **how)
+                named = options.baselines and list(map(yaml.safe_load, options.baselines))
+                runs += default_study(
+                    table, objective, finalists=options.finalists, baselines=named, **how
+                )
                 for choice in map(yaml.safe_load, options.strategies):
                     try:
                         runs += replay(table, objective, choice, **how)

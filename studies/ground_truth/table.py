@@ -92,6 +92,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0,
         help="distil so many layouts, or more if so many are picked",
     )
+    add("--score", type=Path, help="file of layouts to score as well, one a line")
     add("--layouts", type=Path, help="file of layouts to distil as well, one a line")
     add("--tokens", type=numbers, default=[0], help="budgets of stage 3, e.g. 0,1M,4M")
     add("--seeds", type=numbers, default=[0], help="of stage 3, e.g. 0,1,2")
@@ -123,6 +124,7 @@ def share_out(config: StudyConfig, args: argparse.Namespace) -> None:
     until = time.perf_counter() + 60 * args.minutes
     out, distils = table_path(config, args), bool(args.distil or args.layouts)
     scores = [] if args.zero_shot is None else ["--zero-shot", str(args.zero_shot)]
+    scores += [] if args.score is None else ["--score", str(args.score)]
     last = [*scores, "--distil", str(args.distil)]
     for name in ("tokens", "seeds"):
         last += [f"--{name}", ",".join(map(str, getattr(args, name)))]
@@ -218,6 +220,7 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
         picks(bench, probing(bench, scorer, table), table)
         return
     layouts = all_or_some(bench, args.zero_shot)
+    layouts = list(dict.fromkeys([*layouts, *named_in(args.score, bench)]))
     known = {row["layout"] for row in table.find(kind="zero_shot", bank_seed=config.seed)}
     mine = [x for x in layouts[args.part[0] :: args.part[1]] if name_of(x) not in known]
     with reporter.stage("zero-shot", total=len(mine), unit="layout") as task:
@@ -380,7 +383,10 @@ def distil(
     def measure(model: Any) -> dict[str, Any]:
         tested = on_test(model)
         blocks = [round(value, 5) for value in tested["kl_blocks"]]
-        return means(tested) | {"kl_blocks": blocks, "validation": means(on_validation(model))}
+        found = means(tested) | {"kl_blocks": blocks, "validation": means(on_validation(model))}
+        if (right := tested["recall_sequences"]) is not None:
+            found["recall_sequences"] = [round(share, 3) for share in right]
+        return found
 
     for seed in args.seeds:
         some = chosen if seed == args.seeds[0] else chosen[: args.seeds_of]
