@@ -1,9 +1,10 @@
 """``audit``: distils layouts of a finished search, and says how well its score foretold them.
 
-Layouts are taken from the whole range of the score, besides those that matter: the best, the ones
-tied with it, and what the baselines name. Each is distilled from the bank with one short recipe and
-measured on the validation split, with more than one seed, so that what cannot be foretold is known
-too. The rows stand in ``audit/distilled.jsonl`` of the run; the same command goes on with them.
+Layouts are taken from the whole range of the score, besides those that matter: the best, what the
+baselines name, what climbed to a rung, and some drawn at random from all on the budget. Each is
+distilled from the bank with one short recipe and measured on the validation split, with more than
+one seed, so that what cannot be foretold is known too. The rows stand in ``audit/distilled.jsonl``
+of the run; the same command goes on with them.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ __all__ = [
 ]
 
 TENTHS = 10
+DRAWN = 10
+"""Layouts drawn at random: where a search was led, its own layouts say nothing of all others."""
 FEWEST = 12
 """Layouts below which no correlation is told."""
 GUESS = 0.8
@@ -102,6 +105,8 @@ class AuditReport:
     """The study's best."""
     objective: str = "value"
     """What the score is, such as ``kl + 0.5 recall``."""
+    drawn: int = 0
+    """Layouts drawn at random whose mean regrets are a share of; 0 if it is that of all."""
     distilled: tuple[Distilled, ...] = field(default=(), repr=False)
     """What all this rests on."""
 
@@ -109,7 +114,7 @@ class AuditReport:
         """Plain JSON values."""
         named = {"best": self.best, "searched": self.searched}
         return {
-            **{name: getattr(self, name) for name in ("layouts", "seeds", "tokens")},
+            **{name: getattr(self, name) for name in ("layouts", "seeds", "tokens", "drawn")},
             **{name: list(layout.candidates) for name, layout in named.items()},
             "tied": [list(layout.candidates) for layout in self.tied],
             "trusts": [asdict(trust) for trust in self.trusts],
@@ -133,7 +138,7 @@ def audit(
         hours: No distillation is begun after so long. What earlier commands distilled is kept.
         tokens: Of stage 3 for each layout and seed.
         seeds: Distillations of each layout.
-        layouts: To distil, and what the baselines name besides; None as many as there is time for.
+        layouts: To distil, and what is named besides; None as many as there is time for.
         workers: Processes that distil, besides this one if they are more than one.
         reporter: Told what happens.
 
@@ -159,22 +164,24 @@ def audit(
         folder = config.run_dir / "audit"
         recipe = dataclasses.replace(config.distill.logits, tokens=tokens)
         _claim(folder, {"logits": recipe_of(recipe)})
+        # Before anyone asks for them at once.
+        bench.bank.train(bench.space.replaceable, reporter=reporter)
+        bench.training_text(tokens)
+        drawn = _draw(bench, result, folder / "drawn.json")
         work = _Work(
             tokens=tokens,
             seeds=seeds,
             layouts=layouts,
             hours=hours,
             until=time.time() + 3600 * hours,
+            drawn=tuple(drawn),
         )
-        # Before anyone asks for them at once.
-        bench.bank.train(bench.space.replaceable, reporter=reporter)
-        bench.training_text(tokens)
         rows = folder / "distilled.jsonl"
         if workers == 1:
             _distil(bench, result, rows, work)
         else:
             _distil_by_workers(bench, result, rows, work, workers)
-        report = _report(result, RowFile(rows).rows, tokens=tokens)
+        report = _report(result, RowFile(rows).rows, tokens=tokens, drawn=drawn)
         path = folder / "audit.json"
         write_json(path, report.to_dict())
         return report, path
@@ -271,6 +278,32 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     write_json(path, dict(settings))
 
 
+def _draw(bench: Workbench, result: StudyResult, path: Path) -> dict[Layout, float]:
+    """Layouts drawn at random from all on the budget, and their scores; the same at each call.
+
+    None where every layout was scored.
+    """
+    if result.exhaustive:
+        return {}
+    if path.is_file():
+        return {Layout(tuple(names)): value for names, value in read_json(path)}
+    rng, drawn = random.Random(f"{bench.config.seed} drawn for the audit"), dict[Layout, float]()
+    count = min(DRAWN, result.num_possible)
+    scorer, weights = bench.scorer(), bench.study.search.objective
+    with bench.reporter.stage("random layouts", total=count, unit="layout") as task:
+        while len(drawn) < count:
+            layout = bench.budget.random(bench.space, rng)
+            if layout in drawn:
+                continue
+            known = result.by_layout.get(layout)
+            drawn[layout] = known.value if known else scorer.score(layout).value(weights)
+            task.advance(1)
+    # Its memory is the students'.
+    scorer.release()
+    write_json(path, [[list(layout.candidates), value] for layout, value in drawn.items()])
+    return drawn
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Work:
     """What is to be distilled; the same for all workers."""
@@ -281,6 +314,8 @@ class _Work:
     hours: float
     until: float
     """By the clock; nothing is begun after it."""
+    drawn: Sequence[Layout]
+    """At random, and distilled in any case."""
 
     def chosen(self, result: StudyResult) -> list[Layout]:
         # With attention everywhere there is nothing to distil.
@@ -289,7 +324,10 @@ class _Work:
         # What short distillations chose among may hold the truly best.
         named += [("climbed", layout) for rung in result.rungs for layout in rung.climbers]
         named = [(label, layout) for label, layout in named if layout in scored]
-        return list(choose_layouts(scored, named, min(len(scored), self.layouts or len(scored))))
+        named += [("drawn", layout) for layout in self.drawn if layout.replaced_layers]
+        # There are no others.
+        most = len(scored.keys() | set(self.drawn))
+        return list(choose_layouts(scored, named, min(most, self.layouts or most)))
 
     def share(self, result: StudyResult, number: int, count: int) -> list[Layout]:
         """A worker's part of them, from everywhere in the score's range."""
@@ -428,7 +466,13 @@ def _outlook(each: float, count: int, seeds: int) -> str:
     return f"{text}; a correlation of {GUESS} would be known to lie within {low:.2f} and {high:.2f}"
 
 
-def _report(result: StudyResult, rows: Sequence[Mapping[str, Any]], *, tokens: int) -> AuditReport:
+def _report(
+    result: StudyResult,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    tokens: int,
+    drawn: Mapping[Layout, float],
+) -> AuditReport:
     by_layout: dict[Layout, list[Mapping[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: int(row["seed"])):
         by_layout.setdefault(Layout(tuple(row["layout"])), []).append(row)
@@ -445,7 +489,11 @@ def _report(result: StudyResult, rows: Sequence[Mapping[str, Any]], *, tokens: i
     layouts = sorted(whole, key=lambda layout: layout.candidates)
     # (N, S, B)
     blocks = np.array([[row["kl_blocks"] for row in whole[layout]] for layout in layouts])
-    scores = np.array([result.by_layout[layout].value for layout in layouts])
+    known = {layout: trial.value for layout, trial in result.by_layout.items()}
+    scores = np.array([known[x] if x in known else drawn[x] for x in layouts])
+    by_chance = [i for i, layout in enumerate(layouts) if layout in drawn]
+    # Too few would tell less of all layouts than these do.
+    by_chance = by_chance if len(by_chance) >= DRAWN // 2 else []
     free = result.space.free_layers
     kept = np.array([[x[layer] == ATTENTION for layer in free] for x in layouts], dtype=float)
     searched = layouts.index(result.best.layout) if result.best.layout in whole else None
@@ -475,6 +523,7 @@ def _report(result: StudyResult, rows: Sequence[Mapping[str, Any]], *, tokens: i
                 kept,
                 searched,
                 parts=parts.get(name),
+                drawn=by_chance or None,
             )
             for name, values in figures.items()
         ),
@@ -482,6 +531,7 @@ def _report(result: StudyResult, rows: Sequence[Mapping[str, Any]], *, tokens: i
         tied=tuple(layouts[int(i)] for i in order if int(i) in tied),
         searched=result.best.layout,
         objective=" + ".join(terms),
+        drawn=len(by_chance),
         distilled=tuple(
             Distilled(
                 layout=layout,
@@ -501,21 +551,26 @@ def _trust(
     searched: int | None,
     *,
     parts: statistics.Values | None,
+    drawn: Sequence[int] | None,
 ) -> Trust:
-    """Of one figure ``(N, S)``, lower is better, and its parts ``(N, S, B)``."""
+    """Of one figure ``(N, S)``, lower is better, and its parts ``(N, S, B)``.
+
+    ``drawn`` are the places of the layouts whose mean stands for all; None for all places.
+    """
     truth = values.mean(axis=1)
     several = values.shape[1] > 1
     top = truth <= np.quantile(truth, 0.25)
     regret = None
-    if searched is not None and truth.min() < truth.mean():
+    chance = list(range(len(truth))) if drawn is None else list(drawn)
+    if searched is not None and truth.min() < truth[chance].mean():
         # The best is chosen on all seeds but the last and judged on that one.
         first = values[:, :-1].mean(axis=1) if several else truth
         judge = values[:, -1]
-        if judge[int(np.argmin(first))] < judge.mean():
-            regret = statistics.regret(scores, first, searched, judge=judge)
+        if judge[int(np.argmin(first))] < judge[chance].mean():
+            regret = statistics.regret(scores, first, searched, judge=judge, drawn=drawn)
             if parts is not None:
                 chosen = parts[:, :-1].mean(axis=1) if several else parts[:, 0]
-                within = statistics.regret_within(chosen, searched, judge=parts[:, -1])
+                within = statistics.regret_within(chosen, searched, judge=parts[:, -1], drawn=drawn)
                 regret = dataclasses.replace(regret, within=within)
     return Trust(
         figure=name,

@@ -19,6 +19,7 @@ from mohawk_nas.errors import InputError, RunError, TrainingError
 from mohawk_nas.layout import Layout
 from mohawk_nas.pipeline import search
 from mohawk_nas.reporting import SILENT
+from mohawk_nas.workbench import Workbench
 
 
 class Listener(type(SILENT)):
@@ -87,6 +88,33 @@ def test_an_audit_goes_on_and_reports(study, tmp_path):
         file.writelines(json.dumps({**row, "seed": 2}) + "\n" for row in rows[:3])
     report, _ = audit(study, hours=0, tokens=256)
     assert (report.layouts, report.seeds) == (20, 2)
+
+
+def test_regret_is_a_share_of_what_chance_gives(study, tmp_path):
+    config = dataclasses.replace(study, output=str(tmp_path))
+    config = dataclasses.replace(config, search=dataclasses.replace(config.search, trials=4))
+    result, _ = search(config)
+    report, path = audit(config, hours=1, tokens=256, seeds=1)
+    drawn = json.loads((path.parent / "drawn.json").read_text(encoding="utf-8"))
+    assert len(drawn) == 10 == report.drawn
+    scorer = Workbench(config).scorer()
+    for names, value in drawn:
+        layout = Layout(tuple(names))
+        assert scorer.score(layout).mean("kl") == pytest.approx(value, rel=1e-5)
+    # Every layout of the search and every one that was drawn.
+    kl = {tuple(row["layout"]): np.mean(row["kl_blocks"]) for row in rows_of(config)}
+    assert set(kl) == {trial.layout.candidates for trial in result.trials} | {
+        tuple(names) for names, _ in drawn
+    }
+    (trust,) = report.trusts
+    best, mean = min(kl.values()), np.mean([kl[tuple(names)] for names, _ in drawn])
+    told = (kl[result.best.layout.candidates] - best) / (mean - best)
+    assert trust.regret.total == pytest.approx(told)
+    low, high = trust.regret.within
+    assert low <= told <= high
+    # Once drawn they stay, and a finished audit draws none anew.
+    again, _ = audit(config, hours=1, tokens=256, seeds=1)
+    assert again == report
 
 
 def test_the_teacher_itself_is_not_audited(tmp_path):

@@ -28,6 +28,7 @@ from mohawk_nas.reporting.text import (
     COST_NOTES,
     OBJECTIVE_NOTES,
     audit_verdict,
+    mean_of_all,
     regret_total,
 )
 from mohawk_nas.search.result import Placement, StudyResult, compare_blocks
@@ -229,7 +230,7 @@ def show_audit(report: AuditReport, *, files: Sequence[Path]) -> None:
         _say(line)
     _say(
         "Regret is what the study's best costs beyond the best distilled one, as a share of "
-        "(mean of the distilled - best)."
+        f"({mean_of_all(report)} - best)."
     )
     for path in files:
         _say(f"Wrote  {path}")

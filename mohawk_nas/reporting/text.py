@@ -194,8 +194,13 @@ def audit_verdict(report: AuditReport) -> list[str]:
     return [*lines, f"The study's own best, {layers(report.searched)}, is {where}."]
 
 
-def trust_lines(trust: Trust) -> list[str]:
-    """How well the score foretells a distilled figure, in words."""
+def trust_lines(trust: Trust, mean: str) -> list[str]:
+    """How well the score foretells a distilled figure, in words.
+
+    Args:
+        trust: What was found.
+        mean: What regret is a share of, see :func:`mean_of_all`.
+    """
     tau = trust.kendall
     pairs = " to ".join(f"{(1 + end) / 2:.0%}" for end in (tau.low, tau.high))
     lines = [
@@ -220,11 +225,18 @@ def trust_lines(trust: Trust) -> list[str]:
         )
     else:
         lines.append(
-            f"Regret {regret_total(trust.regret)} of (mean of the distilled - best): "
+            f"Regret {regret_total(trust.regret)} of ({mean} - best): "
             f"{trust.regret.objective:.1%} is the score's, by how its best layout distils, and "
             f"{trust.regret.strategy:.1%} the search's, by how the study's best differs from that."
         )
     return lines
+
+
+def mean_of_all(report: AuditReport) -> str:
+    """What stands for all layouts on the budget."""
+    if report.drawn:
+        return f"mean of {report.drawn} layouts drawn at random"
+    return "mean of the distilled"
 
 
 def regret_total(regret: Regret) -> str:

@@ -3,12 +3,12 @@
 Everything here works on plain arrays. N layouts, S seeds of the distillation, L free layers.
 
 Intervals are percentiles of a bootstrap over layouts: they say how the figure would move with other
-layouts of the same space, and know nothing of other teachers or banks.
+layouts of the same space, and know nothing of other teachers or banks. A regret's is one over text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,7 +97,7 @@ def ceiling(values: Values) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Regret:
-    """What a choice costs, as shares of (mean of all layouts - best)."""
+    """What a choice costs, as shares of (mean of layouts drawn at random - best)."""
 
     objective: float
     """The truth of the objective's own optimum: what a perfect search for it would cost."""
@@ -111,7 +111,14 @@ class Regret:
         return self.objective + self.strategy
 
 
-def regret(score: Values, truth: Values, pick: int, *, judge: Values | None = None) -> Regret:
+def regret(
+    score: Values,
+    truth: Values,
+    pick: int,
+    *,
+    judge: Values | None = None,
+    drawn: Sequence[int] | None = None,
+) -> Regret:
     """Regret of picking one layout, split into what the objective and what the strategy costs.
 
     The best layout of a noisy truth was lucky too. With ``judge``, the truth of other seeds, the
@@ -122,10 +129,11 @@ def regret(score: Values, truth: Values, pick: int, *, judge: Values | None = No
         truth: Of each layout distilled, ``(N,)``; lower is better.
         pick: The strategy's choice, a place in both.
         judge: ``(N,)``
+        drawn: Places of the layouts that were drawn at random; None if all of them were.
     """
     judged = truth if judge is None else judge
     best = judged[int(np.argmin(truth))]
-    scale = judged.mean() - best
+    scale = (judged if drawn is None else judged[list(drawn)]).mean() - best
     if scale <= 0:
         raise ValueError("the best layout must be better than the mean of all, but is not")
     optimum = judged[int(np.argmin(score))]
@@ -135,23 +143,34 @@ def regret(score: Values, truth: Values, pick: int, *, judge: Values | None = No
 
 
 def regret_within(
-    truth: Values, pick: int, *, judge: Values | None = None, seed: int = 0
+    truth: Values,
+    pick: int,
+    *,
+    judge: Values | None = None,
+    drawn: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """Where 95 % of a pick's total regrets lie over resampled text.
+    """Where 95 % of a pick's total regrets lie over resampled text and layouts drawn at random.
 
     Args:
         truth: ``(N, B)``, the same B blocks of text or sequences of a probe for each layout; lower
             is better. In each sample the best is chosen anew.
         pick: The strategy's choice.
         judge: ``(N, B)``, as of :func:`regret`.
+        drawn: As of :func:`regret`.
         seed: Of the samples.
     """
     size = truth.shape[1]
-    times = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=REPEATS)
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(size, np.full(size, 1 / size), size=REPEATS)
     chosen = truth @ times.T / size
     judged = chosen if judge is None else judge @ times.T / size
     best = judged[chosen.argmin(axis=0), np.arange(REPEATS)]
-    scale = judged.mean(axis=0) - best
+    mean = judged.mean(axis=0)
+    if drawn is not None:
+        again = rng.integers(len(drawn), size=(len(drawn), REPEATS))
+        mean = np.take_along_axis(judged[list(drawn)], again, axis=0).mean(axis=0)
+    scale = mean - best
     # Where the best is no better than the mean of all, there is nothing to choose.
     regrets = ((judged[pick] - best) / scale)[scale > 0]
     low, high = np.quantile(regrets, [0.025, 0.975])

@@ -5,10 +5,10 @@
 A table must hold every layout on the budget undistilled; the strategies then run through the same
 code as `mohawk-nas search`, ten seeds each, and no model is needed. After so many layouts the one
 that is best by the study's objective is the pick, and its regret is what it distils to: (pick -
-best distilled) / (mean of all layouts - best distilled), for KL and for recall, at the table's
-largest budget of stage 3. Where only some layouts are distilled, those drawn from the tenths of the
-score's range stand for all of them. `optimum` is the pick of a perfect search by that objective,
-the floor that no strategy gets below but by luck.
+best distilled) / (mean of all layouts - best distilled), for KL, for recall, and for a sum of both
+if the study's objective is one, at the table's largest budget of stage 3. Where only some layouts
+are distilled, those drawn from the tenths of the score's range stand for all of them. `optimum` is
+the pick of a perfect search by that objective, the floor that no strategy gets below but by luck.
 
 With `--undistilled` regret is that of the score itself, for which nothing need be distilled: how
 soon a strategy finds what is best by the objective.
@@ -107,10 +107,26 @@ class Truth:
     """Layout -> the same by blocks of text, or sequences of the recall probe."""
     drawn: Sequence[Sequence[str]]
     """Layouts that stand for all on the budget: groups that stand for equal parts of it."""
+    terms: Sequence[tuple[float, Truth]] = ()
+    """Weights and figures, if it is a sum of several."""
+
+    @classmethod
+    def sum_of(cls, terms: Sequence[tuple[float, Truth]]) -> Truth:
+        """Several figures of the same layouts, weighed."""
+        values = {name: sum(w * t.values[name] for w, t in terms) for name in terms[0][1].values}
+        name = " + ".join(t.name if w == 1 else f"{w:.3g} {t.name}" for w, t in terms)
+        return cls(name, values, None, terms[0][1].drawn, terms)
+
+    @property
+    def varies(self) -> bool:
+        """Whether it is known how the values vary with the text."""
+        return self.blocks is not None or any(truth.varies for _, truth in self.terms)
 
     @cached_property
     def samples(self) -> dict[str, Array]:
         """Layout -> its value over resampled text, ``(REPEATS,)``."""
+        if self.terms:
+            return {name: sum(w * t.samples[name] for w, t in self.terms) for name in self.values}
         if self.blocks is None:
             return {name: np.full(REPEATS, value) for name, value in self.values.items()}
         size = len(next(iter(self.blocks.values())))
@@ -196,6 +212,15 @@ class GroundTruth:
         layouts = {row["layout"] for row in self.distilled}
         complete = len(layouts) == self.budget.count(self.space)
         return _truths(self.distilled, complete=complete)
+
+    def truths_by(self, objective: Mapping[str, float]) -> Sequence[Truth]:
+        """The same, and what a sum of both comes to, recall as a share of the teacher's."""
+        by_name = {truth.name: truth for truth in self.truths}
+        if not {"kl", "recall"} == set(objective) == set(by_name):
+            return self.truths
+        share = objective["recall"] / self.teacher_recall.get("test", 1.0)
+        terms = [(objective["kl"], by_name["kl"]), (share, by_name["recall"])]
+        return [*self.truths, Truth.sum_of(terms)]
 
     def undistilled(self, objective: Mapping[str, float]) -> Truth:
         """The score itself, of every layout on the budget."""
@@ -473,7 +498,7 @@ def judge(picks: Picks, truth: Truth) -> dict[str, Any]:
     if known:
         regrets = [truth.regret(pick) for pick in known]
         found |= {"regret": statistics.fmean(regrets), "worst": max(regrets)}
-        if truth.blocks is not None or len(set(known)) > 1:
+        if truth.varies or len(set(known)) > 1:
             drawn = _drawn(known, truth, np.random.default_rng(1))
             found |= dict(zip(("low", "high"), np.quantile(drawn, [0.025, 0.975]), strict=True))
     return found
@@ -497,7 +522,7 @@ def compare(
     for other in others:
         known = [pick for pick in other.picks if pick in truth.values]
         # Without blocks only seeds vary, and of one pick nothing does.
-        varies = truth.blocks is not None or (len(set(base)) > 1 and len(set(known)) > 1)
+        varies = truth.varies or (len(set(base)) > 1 and len(set(known)) > 1)
         if known and varies:
             # The same text for both; their seeds have nothing to do with each other.
             one, two = np.random.default_rng(1), np.random.default_rng(2)
@@ -569,7 +594,11 @@ def run(arguments: Sequence[str] | None) -> None:
                         runs += replay(table, objective, choice, **how)
                     except (DataError, RunError, ConfigError) as e:
                         console.print(f"{choice}: left out, {e}")
-            truths = [table.undistilled(objective)] if options.undistilled else table.truths
+            truths = (
+                [table.undistilled(objective)]
+                if options.undistilled
+                else table.truths_by(objective)
+            )
             for truth in truths:
                 missing |= dict.fromkeys(x for run in runs for x in (*run.picks, *run.finalists))
                 missing = {x: None for x in missing if x not in truth.values}
