@@ -396,7 +396,7 @@ def test_the_report_tells_which_score_predicts(tmp_path, monkeypatch, capsys):
     """Made-up layouts: the truth is known, `kl` follows it closely, `stage2_local` not at all."""
     rng = np.random.default_rng(0)
     truth = rng.normal(size=80)
-    rows = [{"kind": "head"}]
+    rows = [{"kind": "head", "study": {"bank": {"hidden": {"tokens": 64}}}}]
     for i, value in enumerate(truth):
         rows.append(
             {
@@ -440,6 +440,42 @@ def test_the_report_tells_which_score_predicts(tmp_path, monkeypatch, capsys):
     assert (seeds["kl"]["layouts"], seeds["kl"]["seeds"]) == (30, 3)
     assert seeds["kl"]["reliability"] > 0.98 and seeds["kl"]["ceiling"] > 0.98
     assert "stage2_local" in capsys.readouterr().out
+    assert said["banks"] == [], "of one layout nothing is told"
+
+
+def test_the_report_compares_banks(tmp_path, monkeypatch):
+    """Made-up layouts: half the tokens order them well, a quarter of them by chance."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=60)
+
+    def write(name, tokens, noises):
+        rows = [{"kind": "head", "study": {"bank": {"hidden": {"tokens": tokens}}}}]
+        rows += [
+            {"kind": "zero_shot", "bank_seed": s, "layout": str(i), "kl": v + n * rng.normal()}
+            for s, n in noises.items()
+            for i, v in enumerate(truth)
+        ]
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    own = write("own.jsonl", 64, {0: 0.0, 1: 0.1})
+    half, quarter = write("half.jsonl", 32, {0: 0.1}), write("quarter.jsonl", 16, {0: 99.0})
+    with own.open("a", encoding="utf-8") as file:
+        for i, value in enumerate(truth[:20]):
+            row = {"kind": "distilled", "bank_seed": 0, "seed": 0, "tokens": 640, "recall": None}
+            row |= {"layout": str(i), "kl": value, "kl_blocks": [value, value]}
+            file.write(json.dumps(row) + "\n")
+    options = [str(own), "--banks", str(half), str(quarter)]
+    monkeypatch.setattr(sys, "argv", ["report.py", *options])
+    load("report").main()
+    said = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["banks"]
+    found = {(row["tokens"], row["seed"]): row for row in said}
+    assert set(found) == {(16, 0), (32, 0), (64, 0), (64, 1)}
+    assert found[64, 0]["agreement"] == 1 and found[64, 0]["distilled"] == pytest.approx(1)
+    assert found[64, 1]["agreement"] > 0.95 and found[64, 1]["distilled"] is None
+    assert found[32, 0]["distilled"] > 0.95 and abs(found[16, 0]["agreement"]) < 0.5
+    assert {(row["layouts"], row["shared"]) for row in said} == {(60, 20)}
 
 
 def test_a_search_is_compared_at_equal_distillation(study, tmp_path, capsys):

@@ -10,6 +10,13 @@ on the same blocks the two would share their noise. The largest budget's figure 
 split, of one seed, is what a study's rungs choose by. Then what the seeds of stage 3 allow: the
 share of the variance that the layouts make, and the correlation that a perfect score would reach.
 Written beside the tables as `report.json`.
+
+    python studies/ground_truth/report.py phi-recall.jsonl --banks banks/phi-recall-*.jsonl
+
+With `--banks`, tables of the same layouts scored with other banks (`table.py bank.hidden.tokens=4M
+--out ... --score ...`): how their order of layouts agrees with that of the first table's bank, and
+with the distilled figure where all of them hold the layout. So do the first table's own rows of
+other seeds of the bank.
 """
 
 from __future__ import annotations
@@ -26,6 +33,7 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 from mohawk_nas.config import OBJECTIVES
 from mohawk_nas.files import write_json
@@ -62,20 +70,40 @@ class Seeds:
     ceiling: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bank:
+    """How scores with another bank order layouts."""
+
+    tokens: int
+    """Of stage 2."""
+    seed: int
+    score: str
+    layouts: int
+    agreement: float
+    """Spearman's correlation with the scores of the table's bank."""
+    shared: int
+    """Distilled layouts that all banks' scores are known of."""
+    distilled: float | None
+    """Spearman's correlation with their distilled KL, None for fewer than 12."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="+", type=Path)
+    parser.add_argument("--banks", nargs="+", default=[], type=Path, help="scored with other banks")
     parser.add_argument("--out", type=Path, help="report.json beside the first table")
     args = parser.parse_args()
     predictions: list[Prediction] = []
     seeds: list[Seeds] = []
     for path in args.tables:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = read(path)
         for truth in TRUTHS:
             predictions += predict(path.stem, rows, truth)
             if (found := seeds_of(path.stem, rows, truth)) is not None:
                 seeds.append(found)
     show(predictions, seeds)
+    banks = compare_banks(*(read(path) for path in (args.tables[0], *args.banks)))
+    show_banks(args.tables[0].stem, banks)
     out = args.out or args.tables[0].parent / "report.json"
     write_json(
         out,
@@ -83,8 +111,67 @@ def main() -> None:
             "command": " ".join([Path(sys.argv[0]).name, *(path.name for path in args.tables)]),
             "predictions": [asdict(row) for row in predictions],
             "seeds": [asdict(row) for row in seeds],
+            "banks": [asdict(row) for row in banks],
         },
     )
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def compare_banks(
+    rows: Sequence[Mapping[str, Any]], *others: Sequence[Mapping[str, Any]]
+) -> list[Bank]:
+    """Banks of other tables and of other seeds against the first table's.
+
+    Those of too few layouts are left out; if none is left, there is nothing to compare.
+    """
+    scored: dict[tuple[int, int], dict[str, Mapping[str, float]]] = {}
+    for table in (rows, *others):
+        tokens = table[0]["study"]["bank"]["hidden"]["tokens"]
+        for row in table:
+            if row["kind"] == "zero_shot":
+                scored.setdefault((tokens, row["bank_seed"]), {})[row["layout"]] = row
+    own = (rows[0]["study"]["bank"]["hidden"]["tokens"], 0)
+    first = scored.get(own, {})
+    scored = {
+        key: found
+        for key, found in sorted(scored.items())
+        if len(found.keys() & first.keys()) >= FEWEST
+    }
+    if len(scored) < 2:
+        return []
+    budget = max((row["tokens"] for row in rows if row["kind"] == "distilled"), default=0)
+    distilled = by_layout([row for row in rows if row["kind"] == "distilled"], "kl", budget)
+    whole = set.intersection(*(set(found) for key, found in scored.items() if key[1] == 0))
+    layouts = sorted(whole & distilled.keys())
+    worth = np.array([np.mean(distilled[layout]) for layout in layouts])
+    banks = []
+    for (tokens, seed), found in scored.items():
+        same = sorted(found.keys() & first.keys())
+        for score in (name for name in OBJECTIVES if name in found[same[0]]):
+            compared = seed == 0 and len(layouts) >= FEWEST
+            banks.append(
+                Bank(
+                    tokens=tokens,
+                    seed=seed,
+                    score=score,
+                    layouts=len(same),
+                    agreement=rank_correlation(
+                        [found[x][score] for x in same], [first[x][score] for x in same]
+                    ),
+                    shared=len(layouts),
+                    distilled=rank_correlation([found[x][score] for x in layouts], worth)
+                    if compared
+                    else None,
+                )
+            )
+    return banks
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    return float(stats.spearmanr(one, other).statistic)
 
 
 def predict(name: str, rows: Sequence[Mapping[str, Any]], truth: str) -> list[Prediction]:
@@ -219,6 +306,21 @@ def show(predictions: Sequence[Prediction], seeds: Sequence[Seeds]) -> None:
         figures = (size, f"{seed.reliability:.2f}", quarter, f"{seed.ceiling:.2f}")
         table.add_row(seed.table, seed.truth, *figures)
     console.print(table)
+
+
+def show_banks(name: str, banks: Sequence[Bank]) -> None:
+    if not banks:
+        return
+    title = f"{name}: scores with other banks, their correlation with the table's and with what "
+    title += f"{banks[0].shared} layouts distil to"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for column in ("tokens", "seed", "score", "layouts", "agreement", "distilled KL"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for bank in banks:
+        truth = "-" if bank.distilled is None else f"{bank.distilled:.3f}"
+        figures = (str(bank.layouts), f"{bank.agreement:.4f}", truth)
+        table.add_row(f"{bank.tokens:,}", str(bank.seed), bank.score, *figures)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":
