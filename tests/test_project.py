@@ -19,6 +19,7 @@ import pytest
 import mohawk_nas
 from mohawk_nas.config import SpaceConfig, load_study
 from mohawk_nas.mixer import MIXERS, MixerConfig
+from mohawk_nas.plan import find_problems
 from mohawk_nas.search.space import load_space, space_names
 from mohawk_nas.search.strategy import STRATEGIES, Strategy
 
@@ -279,6 +280,17 @@ def test_the_readme_has_the_two_commands():
         f"{start} && mohawk-nas search studies/quickstart.yaml",
         f"{start} dev && pytest",
     ]
+
+
+def test_the_readmes_study_is_a_whole_one(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (study,) = re.findall(r"```yaml\n(name: .*?)```", readme, re.DOTALL)
+    path = tmp_path / "my.yaml"
+    path.write_text(study, encoding="utf-8")
+    teacher, text = ROOT / "studies/assets/phi-tiny", "studies/assets/text/quickstart.jsonl.xz"
+    config = load_study(path, [f"teacher.source={teacher}", f"data.source={ROOT / text}"])
+    assert find_problems(config) == []
+    assert config.search.rungs.tokens and config.search.objective["recall"] > 0
 
 
 def test_links_between_pages_lead_somewhere():
