@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mohawk_nas.config import StudyConfig, recipe_of
+from mohawk_nas.config import StudyConfig, recipe_of, short_recipe
 from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.errors import ConfigError, RunError, TrainingError
 from mohawk_nas.files import RowFile, read_json, write_json
@@ -134,7 +134,7 @@ def audit(
     """Distil layouts of a finished search for some time, and report.
 
     Args:
-        config: The study; ``distill.logits`` is the recipe.
+        config: The study; the recipe is its rungs', :func:`short_recipe`.
         hours: No distillation is begun after so long. What earlier commands distilled is kept.
         tokens: Of stage 3 for each layout and seed.
         seeds: Distillations of each layout.
@@ -162,7 +162,7 @@ def audit(
         check_identity(config.run_dir, bench.identity)
         result = bench.result()
         folder = config.run_dir / "audit"
-        recipe = dataclasses.replace(config.distill.logits, tokens=tokens)
+        recipe = short_recipe(config, tokens)
         _claim(folder, {"logits": recipe_of(recipe)})
         # Before anyone asks for them at once.
         bench.bank.train(bench.space.replaceable, reporter=reporter)
@@ -363,7 +363,7 @@ def _distil(
     config, reporter, rows = bench.config, bench.reporter, RowFile(path)
     mine = work.share(result, *share)
     train = bench.training_text(work.tokens)
-    recipe = dataclasses.replace(config.distill.logits, tokens=work.tokens)
+    recipe = short_recipe(config, work.tokens)
     measure, at_once = measure_on(bench, "validation"), students_at_once(bench.teacher)
     told, total = False, len(mine) * work.seeds
     done = sum(len(_done(rows.rows, mine, seed)) for seed in range(work.seeds))

@@ -134,7 +134,10 @@ def audit(
     ] = 1.0,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Of stage 3 a layout; distill.logits.tokens if not given.", min=1),
+        typer.Option(
+            help="Of stage 3 a layout; if not given, the highest rung's or distill.logits'.",
+            min=1,
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Distillations of each layout.", min=1)] = 2,
     layouts: Annotated[
@@ -155,7 +158,7 @@ def audit(
     report, path = measure(
         config,
         hours=hours,
-        tokens=tokens or config.distill.logits.tokens,
+        tokens=tokens or max(config.search.rungs.tokens, default=config.distill.logits.tokens),
         seeds=seeds,
         layouts=layouts,
         workers=workers,

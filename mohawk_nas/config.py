@@ -45,6 +45,7 @@ __all__ = [
     "plain",
     "read_options",
     "recipe_of",
+    "short_recipe",
     "study_from_dict",
 ]
 
@@ -270,8 +271,8 @@ class BudgetConfig:
 class RungsConfig:
     """Short distillations of the layouts that score best, which then decide who is best.
 
-    Each rung starts again from the bank, with the recipe of ``distill.logits``, and is measured on
-    the validation split.
+    Each rung starts again from the bank, with the recipe of ``distill.logits`` but for what is
+    given here, and is measured on the validation split. Audits distil by the same recipe.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -282,6 +283,13 @@ class RungsConfig:
     one in ``factor``, ``most`` of them at most if it is given. ``wilcoxon``: those that a
     signed-rank test over blocks cannot tell from the best at ``p``, ``most`` of them at most.
     Of each baseline the best layout climbs to the first rung as well."""
+    batch_size: int | None = None
+    """Blocks a batch; null takes that of ``distill.logits``. A full distillation often takes steps
+    of so much text that a rung would be over after a few of them."""
+    accumulate: int | None = None
+    """Batches a step; null likewise."""
+    lr: float | None = None
+    """Peak learning rate; null likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -613,6 +621,22 @@ def recipe_of(config: LogitsConfig) -> dict[str, Any]:
         if kept is False or (kept == "if changed" and found[f.name] == f.default):
             del found[f.name]
     return dict(found)
+
+
+def short_recipe(study: StudyConfig, tokens: int) -> LogitsConfig:
+    """Stage 3 of rungs and audits."""
+    full, rungs = study.distill.logits, study.search.rungs
+
+    def first(given: T | None, otherwise: T) -> T:
+        return otherwise if given is None else given
+
+    return dataclasses.replace(
+        full,
+        tokens=tokens,
+        batch_size=first(rungs.batch_size, full.batch_size),
+        accumulate=first(rungs.accumulate, full.accumulate),
+        lr=first(rungs.lr, full.lr),
+    )
 
 
 def flatten(config: StudyConfig) -> dict[str, Any]:
@@ -994,13 +1018,20 @@ def _check(study: StudyConfig) -> list[str]:
         study.bank.checkpoint_steps >= 1,
         f"bank.checkpoint_steps: must be at least 1, but got {study.bank.checkpoint_steps}",
     )
-    logits = distill.logits
+    logits, short = distill.logits, short_recipe(study, 0)
     rungs = search.rungs.tokens
-    per_step = logits.batch_size * logits.accumulate * data.block_size
+    given = {"batch_size": search.rungs.batch_size, "accumulate": search.rungs.accumulate}
+    for name, count in given.items():
+        need(
+            count is None or count >= 1, f"search.rungs.{name}: must be at least 1, but got {count}"
+        )
+    rate = search.rungs.lr
+    need(rate is None or 0 < rate < math.inf, f"search.rungs.lr: must be above 0, but got {rate}")
+    per_step = short.batch_size * short.accumulate * data.block_size
     need(
         all(tokens >= per_step for tokens in rungs),
-        "search.rungs.tokens: each must be at least one step of distill.logits, "
-        f"{per_step} tokens (batch_size * accumulate * data.block_size), but got {rungs}",
+        f"search.rungs.tokens: each must be at least one step of {per_step} tokens (batch_size * "
+        f"accumulate * data.block_size, as search.rungs or distill.logits say), but got {rungs}",
     )
     need(
         rungs == sorted(set(rungs)),

@@ -19,7 +19,7 @@ import torch
 
 from mohawk_nas import recall
 from mohawk_nas.bank import Bank
-from mohawk_nas.config import StudyConfig
+from mohawk_nas.config import StudyConfig, short_recipe
 from mohawk_nas.data import BlockOrder, TokenBlocks, load_blocks
 from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.distill.trainer import num_steps
@@ -347,7 +347,7 @@ class _Distiller:
     def __call__(self, layouts: Sequence[Layout], tokens: int) -> list[Score]:
         bench = self.bench
         self.scorer.release()
-        config = dataclasses.replace(bench.config.distill.logits, tokens=tokens)
+        config = short_recipe(bench.config, tokens)
         # A rung's text does not depend on which other rungs there are.
         train = bench.training_text(tokens)
         pairs = sorted({(i, layout[i]) for layout in layouts for i in layout.replaced_layers})

@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -19,7 +20,7 @@ from tiny_study import make_study, make_teacher, make_text
 
 from mohawk_nas import pipeline
 from mohawk_nas.audit import audit
-from mohawk_nas.config import RungsConfig
+from mohawk_nas.config import RungsConfig, short_recipe
 from mohawk_nas.data import load_blocks
 from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import ConfigError
@@ -99,7 +100,7 @@ def test_what_a_pruner_cannot_be(choice, message):
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ([32], r"search.rungs.tokens: each must be at least one step of distill.logits, 64 tokens"),
+        ([32], r"search.rungs.tokens: each must be at least one step of 64 tokens"),
         ([640, 640], r"search.rungs.tokens: must rise from rung to rung, but got \[640, 640\]"),
         (64, "search.rungs.tokens: must be a list, but got 64"),
     ],
@@ -108,6 +109,20 @@ def test_what_a_pruner_cannot_be(choice, message):
 def test_what_rungs_cannot_be(tmp_path, tokens, message):
     with pytest.raises(ConfigError, match=message):
         make_study(tmp_path, f"search.rungs.tokens={tokens}")
+
+
+def test_a_rungs_steps_are_its_own(tmp_path):
+    # A full distillation whose steps are longer than the rung.
+    full = ["distill.logits.accumulate=64", "distill.logits.tokens=4096", "distill.logits.lr=1e-5"]
+    short = ["search.rungs.tokens=[256]", "search.rungs.accumulate=2", "search.rungs.lr=1e-3"]
+    config = make_study(tmp_path, *full, *short)
+    whole = config.distill.logits
+    wanted = replace(whole, tokens=256, accumulate=2, lr=1e-3)
+    assert short_recipe(config, 256) == wanted != whole
+    problems = {"batch_size": "at least 1", "accumulate": "at least 1", "lr": "above 0"}
+    for name, problem in problems.items():
+        with pytest.raises(ConfigError, match=f"search.rungs.{name}: must be {problem}, but got 0"):
+            make_study(tmp_path, *full, *short, f"search.rungs.{name}=0")
 
 
 # Who climbs
@@ -450,6 +465,14 @@ def test_a_rung_is_what_distillation_gives(folder, searched):
     for layout in top.climbers:
         before = np.mean(distilled(config, layout, 0))
         assert top.scores[layout].mean("kl") < before, "distillation helps"
+
+
+def test_a_rung_distils_by_its_own_recipe(folder, searched):
+    own = [*RUNGS[:-1], "search.rungs.lr=1e-3", "distill.logits.lr=7e-6"]
+    result, _ = pipeline.search(make_study(folder, *own, f"output={folder / 'own'}"))
+    for one, other in zip(result.rungs, searched[0].rungs, strict=True):
+        assert one.climbers == other.climbers
+        assert all(one.scores[x].per_block == other.scores[x].per_block for x in one.climbers)
 
 
 def test_a_search_stopped_between_two_rungs_goes_on(folder, searched):

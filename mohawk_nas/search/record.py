@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mohawk_nas.config import SearchConfig, StudyConfig, flatten
+from mohawk_nas.config import SearchConfig, StudyConfig, flatten, short_recipe
 from mohawk_nas.errors import RunError
 from mohawk_nas.layout import Layout
 from mohawk_nas.search.budget import Budget
@@ -78,7 +78,7 @@ def study_result(
     config: StudyConfig, space: SearchSpace, budget: Budget, ledger: Ledger
 ) -> StudyResult:
     """What a ledger holds, as a result."""
-    notes, recipe = ledger.notes(), rung_recipe(config.distill.logits)
+    notes, recipe = ledger.notes(), rung_recipe(short_recipe(config, 0))
     if not ledger.rung_scores(recipe):
         # What a study is read for, an audit say, may have a recipe of its own.
         recipe = notes.get(RECIPE, recipe)

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mohawk_nas.config import SearchConfig, StudyConfig
+from mohawk_nas.config import SearchConfig, StudyConfig, short_recipe
 from mohawk_nas.errors import ConfigError, LayoutError, RegistryError, did_you_mean
 from mohawk_nas.layout import Layout
 from mohawk_nas.reporting import SILENT, Reporter, Task
@@ -340,7 +340,7 @@ class _Study:
 
     def run_rungs(self, distiller: Distiller) -> None:
         """Distil layouts, rung by rung, until nobody is left to climb."""
-        recipe, told = rung_recipe(self._config.distill.logits), 0
+        recipe, told = rung_recipe(short_recipe(self._config, 0)), 0
         if not all(trial.layout.replaced_layers for trial in self._ledger.trials):
             self._reporter.say(
                 "the layout that keeps attention in every layer is left out of the rungs: it is "
