@@ -203,8 +203,13 @@ def test_hybrid_phi_mamba_runs_on_a_shrunken_random_phi(tmp_path):
         "num_key_value_heads": 4,
         "vocab_size": 4096,
     }
+    path = STUDIES / "hybrid_phi_mamba.yaml"
+    baselines = yaml.safe_load(path.read_text(encoding="utf-8"))["search"]["baselines"]
+    gates = {"name": "gates", "tokens": 128, "restarts": 2, "batch_size": 4}
+    baselines = [gates if name == "gates" else name for name in baselines]
+    assert gates in baselines
     config = load_study(
-        STUDIES / "hybrid_phi_mamba.yaml",
+        path,
         [
             f"output={tmp_path / 'runs'}",
             f"bank.path={tmp_path / 'bank'}",
@@ -222,6 +227,8 @@ def test_hybrid_phi_mamba_runs_on_a_shrunken_random_phi(tmp_path):
             "bank.hidden={tokens: 512, batch_size: 4}",
             "search.tokens=64",
             "search.trials=32",
+            f"search.baselines={json.dumps(baselines)}",
+            "search.rungs.tokens=[128]",
             "distill.hidden={tokens: 128, batch_size: 4}",
             "distill.logits={tokens: 256, batch_size: 4}",
         ],
@@ -230,6 +237,8 @@ def test_hybrid_phi_mamba_runs_on_a_shrunken_random_phi(tmp_path):
     assert len(result.trials) == 32 and not result.exhaustive
     assert result.baselines["4,10,16,22"].attention_layers == (4, 10, 16, 22)
     assert all(len(trial.layout.attention_layers) == 4 for trial in result.trials)
+    (rung,) = result.rungs
+    assert rung.complete and result.baselines["4,10,16,22"] in rung.climbers
     _, folder = pipeline.distill(pipeline.load_best(path))
     export_folder(folder)
 
