@@ -73,7 +73,7 @@ def make_study(folder, *overrides, **settings):
             "hidden": {"tokens": 512, "batch_size": 4, "lr": 3e-3},
             "checkpoint_steps": 2,
         },
-        "search": {"trials": 6, "tokens": 128},
+        "search": {"trials": 6, "tokens": 128, "objective": "kl"},
         "distill": {
             "logits": {
                 "tokens": 640,

@@ -115,7 +115,8 @@ def make_study(setup: Setup) -> StudyConfig:
             "space": SPACE,
             "budget": {"attention_layers": shape.keep},
             "bank": bank | {"path": str(work / "bank")},
-            "search": {"tokens": sizes["search"], "trials": sizes["trials"]},
+            # Random weights recall nothing.
+            "search": {"tokens": sizes["search"], "trials": sizes["trials"], "objective": "kl"},
         }
     )
     budget = Budget(attention_layers=shape.keep)
