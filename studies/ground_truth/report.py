@@ -13,7 +13,7 @@ Written beside the tables as `report.json`.
 
     python studies/ground_truth/report.py phi-recall.jsonl --banks banks/phi-recall-*.jsonl
 
-With `--banks`, tables of the same layouts scored with other banks (`table.py bank.hidden.tokens=4M
+With `--banks`, tables of the same layouts scored with other banks (`table.py bank.hidden.tokens=4194304
 --out ... --score ...`): how their order of layouts agrees with that of the first table's bank, and
 with the distilled figure where all of them hold the layout. So do the first table's own rows of
 other seeds of the bank.
