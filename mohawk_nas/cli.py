@@ -141,7 +141,7 @@ def audit(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Distillations of each layout.", min=1)] = 2,
     layouts: Annotated[
-        int | None, typer.Option(help="At most so many; as many as there is time for.", min=1)
+        int | None, typer.Option(help="So many, and what is named; all there is time for.", min=1)
     ] = None,
     workers: Annotated[
         int, typer.Option(help="Processes that distil, on the GPUs in turn; 1 distils here.", min=1)

@@ -115,6 +115,21 @@ def test_regret_is_a_share_of_what_chance_gives(study, tmp_path):
     # Once drawn they stay, and a finished audit draws none anew.
     again, _ = audit(config, hours=1, tokens=256, seeds=1)
     assert again == report
+    # Had one of those drawn distilled best, the search's choice would cost something.
+    file = config.run_dir / "audit" / "distilled.jsonl"
+    lucky = next(tuple(x) for x, _ in drawn if tuple(x) != result.best.layout.candidates)
+    rows = rows_of(config)
+    for row in rows:
+        if tuple(row["layout"]) == lucky:
+            row["kl_blocks"] = [best - 0.1 + value / 100 for value in row["kl_blocks"]]
+            kl[lucky] = np.mean(row["kl_blocks"])
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (trust,) = audit(config, hours=0, tokens=256, seeds=1)[0].trusts
+    mean = np.mean([kl[tuple(names)] for names, _ in drawn])
+    told = (kl[result.best.layout.candidates] - kl[lucky]) / (mean - kl[lucky])
+    assert told > 0 and abs(np.mean(list(kl.values())) - mean) > 1e-6
+    assert trust.regret.total == pytest.approx(told)
+    assert trust.regret.within[0] < told < trust.regret.within[1]
 
 
 def test_the_teacher_itself_is_not_audited(tmp_path):

@@ -76,6 +76,9 @@ def test_regret_is_split_and_normalised():
     assert statistics.regret(score, truth, pick=2, judge=judge).total == 1.0
     with pytest.raises(ValueError, match="better than the mean"):
         statistics.regret(score, np.ones(4), pick=0)
+    # A share of what layouts drawn at random give: (3 + 6) / 2 - 1.
+    drawn = statistics.regret(score, truth, pick=2, drawn=[2, 3])
+    assert drawn.total == pytest.approx(2 / 3.5) and drawn.objective == pytest.approx(1 / 3.5)
 
 
 def test_regret_lies_within_its_interval():
@@ -87,6 +90,13 @@ def test_regret_lies_within_its_interval():
     told = statistics.regret(means, truth.mean(axis=1), 1).total
     assert low < told < high and low > 0.02 and high < 0.3
     assert statistics.regret_within(truth, 0) == (0.0, 0.0)
+    # Of two drawn layouts the mean may be that of either; of one, it is that one.
+    low, high = statistics.regret_within(truth, 1, drawn=[2, 3])
+    assert low < 0.2 / 2.8 + 0.03 and high > 0.2 / 1.0 - 0.03 and high > 0.1 > low
+    low, high = statistics.regret_within(truth, 1, drawn=[3])
+    assert low < 0.2 / 2.8 < high < 0.15
+    with pytest.raises(ValueError, match="better than the mean"):
+        statistics.regret_within(np.ones((4, 40)), 1)
     # The best of a tie is chosen on some seeds and judged on others, so it may lose there.
     tied = np.array([1.0, 1.0, 2.0, 3.8])[:, None] + 0.2 * rng.normal(size=(2, 4, 40))
     low, high = statistics.regret_within(tied[0], 1, judge=tied[1])

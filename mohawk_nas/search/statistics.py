@@ -3,7 +3,8 @@
 Everything here works on plain arrays. N layouts, S seeds of the distillation, L free layers.
 
 Intervals are percentiles of a bootstrap over layouts: they say how the figure would move with other
-layouts of the same space, and know nothing of other teachers or banks. A regret's is one over text.
+layouts of the same space, and know nothing of other teachers or banks. A regret's is one over text,
+and over the layouts that stand for all.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Regret:
     strategy: float
     """What the pick costs beyond that: below 0 where missing the optimum was lucky."""
     within: tuple[float, float] | None = None
-    """Where the total lies over other text, with 95 %; None where that is not known."""
+    """Where the total lies with 95 %, see :func:`regret_within`; None where that is not known."""
 
     @property
     def total(self) -> float:
@@ -159,6 +160,9 @@ def regret_within(
         judge: ``(N, B)``, as of :func:`regret`.
         drawn: As of :func:`regret`.
         seed: Of the samples.
+
+    Raises:
+        ValueError: In no sample is the best layout better than the mean of all.
     """
     size = truth.shape[1]
     rng = np.random.default_rng(seed)
@@ -172,7 +176,10 @@ def regret_within(
         mean = np.take_along_axis(judged[list(drawn)], again, axis=0).mean(axis=0)
     scale = mean - best
     # Where the best is no better than the mean of all, there is nothing to choose.
-    regrets = ((judged[pick] - best) / scale)[scale > 0]
+    some = scale > 0
+    regrets = (judged[pick] - best)[some] / scale[some]
+    if not some.any():
+        raise ValueError("the best layout must be better than the mean of all, but is not")
     low, high = np.quantile(regrets, [0.025, 0.975])
     return float(low), float(high)
 

@@ -37,6 +37,8 @@ def main() -> None:
     result = load_result(config, space, budget, run_dir=run)
     if len(space.replacements) != 1:
         raise RunError(f"{run}: must hold layouts of a space with one replacement")
+    if len(config.search.objective) != 1:
+        raise RunError(f"{run}: must be a study of one objective, since the table has one value")
     (objective,) = config.search.objective
     table = {
         "name": config.name,

@@ -90,6 +90,8 @@ AFTER = (16, 64, 256)
 """Layouts after which a strategy's pick is taken; selectors end by themselves."""
 UNKNOWN = {"kl": -1e9, "recall": -1e9}
 """Of a finalist that is not distilled: it is picked, so that the pick is counted as missing."""
+GATES = ("tokens", "batch_size", "lr", "recall_weight")
+"""Options of gates that decide what they learn."""
 TENTHS = 10
 """Of the score's range, from each of which `table.py` draws."""
 REPEATS = 10_000
@@ -120,7 +122,10 @@ class Truth:
     @property
     def varies(self) -> bool:
         """Whether it is known how the values vary with the text."""
-        return self.blocks is not None or any(truth.varies for _, truth in self.terms)
+        if self.terms:
+            # With one term taken as exact, the interval would be too narrow.
+            return all(truth.varies for _, truth in self.terms)
+        return self.blocks is not None
 
     @cached_property
     def samples(self) -> dict[str, Array]:
@@ -130,7 +135,9 @@ class Truth:
         if self.blocks is None:
             return {name: np.full(REPEATS, value) for name, value in self.values.items()}
         size = len(next(iter(self.blocks.values())))
-        places = np.random.default_rng(0).integers(size, size=(REPEATS, size))
+        # Each figure's own: text and questions of a probe have nothing to do with each other.
+        rng = np.random.default_rng(list(self.name.encode()))
+        places = rng.integers(size, size=(REPEATS, size))
         return {name: blocks[places].mean(axis=1) for name, blocks in self.blocks.items()}
 
     def regret(self, layout: str) -> float:
@@ -266,7 +273,7 @@ class GroundTruth:
 
     def _learnt(self, study_seed: int, *, seed: int, **choices: Any) -> Learnt:
         """Gates are not learnt again: each restart names what it named when the table was made."""
-        usual = {name: getattr(Gates(), name) for name in ("tokens", "lr", "recall_weight")}
+        usual = {name: getattr(Gates(), name) for name in GATES}
         other = {name: choices[name] for name in usual if choices[name] != usual[name]}
         seeds = [trial_seed(study_seed, n, "gates") for n in range(1, len(self.gates) + 1)]
         if other or seed not in seeds:

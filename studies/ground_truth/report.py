@@ -13,10 +13,10 @@ Written beside the tables as `report.json`.
 
     python studies/ground_truth/report.py phi-recall.jsonl --banks banks/phi-recall-*.jsonl
 
-With `--banks`, tables of the same layouts scored with other banks (`table.py bank.hidden.tokens=4194304
---out ... --score ...`): how their order of layouts agrees with that of the first table's bank, and
-with the distilled figure where all of them hold the layout. So do the first table's own rows of
-other seeds of the bank.
+With `--banks`, tables of the same layouts scored with other banks: how their order of layouts
+agrees with that of the first table's bank, over those that all these tables hold, and with the
+distilled figure. The first table's own rows of other seeds of the bank stand beside them, with the
+layouts that they have.
 """
 
 from __future__ import annotations
@@ -105,10 +105,12 @@ def main() -> None:
     banks = compare_banks(*(read(path) for path in (args.tables[0], *args.banks)))
     show_banks(args.tables[0].stem, banks)
     out = args.out or args.tables[0].parent / "report.json"
+    named = [path.name for path in args.tables]
+    named += ["--banks", *(path.name for path in args.banks)] if args.banks else []
     write_json(
         out,
         {
-            "command": " ".join([Path(sys.argv[0]).name, *(path.name for path in args.tables)]),
+            "command": " ".join([Path(sys.argv[0]).name, *named]),
             "predictions": [asdict(row) for row in predictions],
             "seeds": [asdict(row) for row in seeds],
             "banks": [asdict(row) for row in banks],
@@ -145,11 +147,12 @@ def compare_banks(
     budget = max((row["tokens"] for row in rows if row["kind"] == "distilled"), default=0)
     distilled = by_layout([row for row in rows if row["kind"] == "distilled"], "kl", budget)
     whole = set.intersection(*(set(found) for key, found in scored.items() if key[1] == 0))
+    # Of one's own seeds there may be few, so they do not cut what the others are compared on.
     layouts = sorted(whole & distilled.keys())
     worth = np.array([np.mean(distilled[layout]) for layout in layouts])
     banks = []
     for (tokens, seed), found in scored.items():
-        same = sorted(found.keys() & first.keys())
+        same = sorted((whole if seed == 0 else first.keys()) & found.keys())
         for score in (name for name in OBJECTIVES if name in found[same[0]]):
             compared = seed == 0 and len(layouts) >= FEWEST
             banks.append(
