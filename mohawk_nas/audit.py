@@ -69,9 +69,10 @@ class Trust:
     best_quarter: Interval | None
     """Spearman's, within the quarter that distils best; None where that is too few layouts."""
     reliability: float | None
-    """Share of a distillation's variance that the layout makes and not the seed; None with one."""
+    """Share of a distillation's variance that the layout makes and not the seed, by the layouts
+    that were distilled with several; None where these are too few."""
     ceiling: float | None
-    """Spearman's correlation that a perfect score would reach."""
+    """Spearman's correlation that a perfect score would reach among these."""
     fit: Fit
     """What sums over layers and pairs explain of it."""
     regret: Regret | None
@@ -107,6 +108,8 @@ class AuditReport:
     """What the score is, such as ``kl + 0.5 recall``."""
     drawn: int = 0
     """Layouts drawn at random whose mean regrets are a share of; 0 if it is that of all."""
+    repeated: int = 0
+    """Layouts with several seeds, which say what seeds alone change; 0 if they are too few."""
     distilled: tuple[Distilled, ...] = field(default=(), repr=False)
     """What all this rests on."""
 
@@ -114,7 +117,10 @@ class AuditReport:
         """Plain JSON values."""
         named = {"best": self.best, "searched": self.searched}
         return {
-            **{name: getattr(self, name) for name in ("layouts", "seeds", "tokens", "drawn")},
+            **{
+                name: getattr(self, name)
+                for name in ("layouts", "seeds", "tokens", "drawn", "repeated")
+            },
             **{name: list(layout.candidates) for name, layout in named.items()},
             "tied": [list(layout.candidates) for layout in self.tied],
             "trusts": [asdict(trust) for trust in self.trusts],
@@ -476,15 +482,20 @@ def _report(
     by_layout: dict[Layout, list[Mapping[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: int(row["seed"])):
         by_layout.setdefault(Layout(tuple(row["layout"])), []).append(row)
-    # As many seeds as enough layouts have been through; fewer would be noisier.
     counts = sorted(map(len, by_layout.values()), reverse=True)
     if len(counts) < FEWEST:
         raise RunError(
             f"only {len(counts)} layouts are distilled, and {FEWEST} are needed to say anything; "
             "run again with more --hours"
         )
-    seeds = counts[FEWEST - 1]
+    # As many seeds as half of the layouts have been through: fewer seeds would be noisier, but time
+    # may have ended when a second one had just begun.
+    seeds = counts[max(FEWEST, (len(counts) + 1) // 2) - 1]
     whole = {layout: found[:seeds] for layout, found in by_layout.items() if len(found) >= seeds}
+    # What seeds alone change can be told from a part of them.
+    repeats = max(2, seeds)
+    repeated = [x for x in by_layout if len(by_layout[x]) >= repeats]
+    repeated = repeated if len(repeated) >= FEWEST else []
     # Whoever distilled them in what order, the intervals are the same.
     layouts = sorted(whole, key=lambda layout: layout.candidates)
     # (N, S, B)
@@ -498,8 +509,10 @@ def _report(
     kept = np.array([[x[layer] == ATTENTION for layer in free] for x in layouts], dtype=float)
     searched = layouts.index(result.best.layout) if result.best.layout in whole else None
     figures = {"kl": blocks.mean(axis=2)}
+    by_seed = {"kl": [[np.mean(r["kl_blocks"]) for r in by_layout[x][:repeats]] for x in repeated]}
     if rows[0]["recall"] is not None:
         figures["recall"] = np.array([[row["recall"] for row in whole[x]] for x in layouts])
+        by_seed["recall"] = [[row["recall"] for row in by_layout[x][:repeats]] for x in repeated]
     # Figure -> (N, S, B), by blocks of text or sequences of the probe, lower is better.
     parts = {"kl": blocks}
     # Audits begun by an earlier version lack them.
@@ -524,6 +537,7 @@ def _report(
                 searched,
                 parts=parts.get(name),
                 drawn=by_chance or None,
+                by_seed=np.array(by_seed[name]) if repeated else None,
             )
             for name, values in figures.items()
         ),
@@ -532,6 +546,7 @@ def _report(
         searched=result.best.layout,
         objective=" + ".join(terms),
         drawn=len(by_chance),
+        repeated=len(repeated),
         distilled=tuple(
             Distilled(
                 layout=layout,
@@ -552,10 +567,12 @@ def _trust(
     *,
     parts: statistics.Values | None,
     drawn: Sequence[int] | None,
+    by_seed: statistics.Values | None,
 ) -> Trust:
     """Of one figure ``(N, S)``, lower is better, and its parts ``(N, S, B)``.
 
     ``drawn`` are the places of the layouts whose mean stands for all; None for all places.
+    ``by_seed`` is the figure of those layouts that have several seeds.
     """
     truth = values.mean(axis=1)
     several = values.shape[1] > 1
@@ -579,8 +596,8 @@ def _trust(
         best_quarter=statistics.spearman(scores[top], truth[top])
         if top.sum() >= FEWEST // 2
         else None,
-        reliability=statistics.reliability(values) if several else None,
-        ceiling=statistics.ceiling(values) if several else None,
+        reliability=None if by_seed is None else statistics.reliability(by_seed),
+        ceiling=None if by_seed is None else statistics.ceiling(by_seed),
         fit=statistics.fit_layers(kept, truth),
         regret=regret,
     )

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -19,6 +20,9 @@ from mohawk_nas.errors import InputError, RunError, TrainingError
 from mohawk_nas.layout import Layout
 from mohawk_nas.pipeline import search
 from mohawk_nas.reporting import SILENT
+from mohawk_nas.reporting.audit_html import render_audit
+from mohawk_nas.reporting.screen import show_audit
+from mohawk_nas.search.statistics import reliability
 from mohawk_nas.workbench import Workbench
 
 
@@ -87,7 +91,34 @@ def test_an_audit_goes_on_and_reports(study, tmp_path):
     with (study.run_dir / "audit" / "distilled.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({**row, "seed": 2}) + "\n" for row in rows[:3])
     report, _ = audit(study, hours=0, tokens=256)
-    assert (report.layouts, report.seeds) == (20, 2)
+    assert (report.layouts, report.seeds, report.repeated) == (20, 2, 20)
+
+
+def test_a_second_seed_of_some_layouts_takes_no_other_away(study, tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(study, output=str(tmp_path))
+    shutil.copytree(study.run_dir, config.run_dir)
+    shutil.rmtree(config.run_dir / "audit", ignore_errors=True)
+    one, _ = audit(config, hours=1, tokens=256, seeds=1)
+    assert (one.layouts, one.seeds, one.repeated) == (20, 1, 0)
+    assert one.trusts[0].reliability is None
+    rows = rows_of(config)
+    # As if time had ended there.
+    again = [
+        {**row, "seed": 1, "kl_blocks": [x + 0.01 * i for x in row["kl_blocks"]]}
+        for i, row in enumerate(rows[:6])
+    ]
+    file = config.run_dir / "audit" / "distilled.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *again]), encoding="utf-8")
+    monkeypatch.setattr("mohawk_nas.audit.FEWEST", 6)
+    report, _ = audit(config, hours=0, tokens=256)
+    assert (report.layouts, report.seeds, report.repeated) == (20, 1, 6)
+    values = [[np.mean(row["kl_blocks"]) for row in pair] for pair in zip(rows[:6], again, strict=True)]
+    (trust,) = report.trusts
+    assert trust.reliability == pytest.approx(reliability(np.array(values)))
+    assert trust.spearman == one.trusts[0].spearman
+    show_audit(report, files=[])
+    assert re.search(r"by layouts with several seeds +6", capsys.readouterr().out)
+    assert "by 6 layouts with several seeds" in render_audit(report, name="tiny")
 
 
 def test_regret_is_a_share_of_what_chance_gives(study, tmp_path):

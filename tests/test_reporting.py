@@ -186,6 +186,7 @@ def audited(*, several=True, broken=False):
     return AuditReport(
         layouts=12,
         seeds=2 if several else 1,
+        repeated=12 if several else 0,
         tokens=4096,
         trusts=(kl, replace(kl, figure="recall")),
         best=layouts[1],

@@ -40,7 +40,7 @@ def render_audit(report: AuditReport, *, name: str) -> str:
     for trust in report.trusts:
         sections += [
             f"<h2>Does the score foretell distilled {escape(trust.figure)}?</h2>",
-            paragraphs(text.trust_lines(trust, text.mean_of_all(report))),
+            paragraphs(text.trust_lines(trust, report)),
             _scatter(report, trust),
         ]
     sections.append(

@@ -219,6 +219,8 @@ def show_audit(report: AuditReport, *, files: Sequence[Path]) -> None:
     row("Spearman in the best quarter", (t.best_quarter for t in trusts))
     row("a perfect score's Spearman", (share(t.ceiling) for t in trusts))
     row("reliability (ICC) of one distillation", (share(t.reliability) for t in trusts))
+    if 0 < report.repeated < report.layouts:
+        row("  by layouts with several seeds", (report.repeated for _ in trusts))
     row("R² of single layers", (share(t.fit.additive) for t in trusts))
     row("R² with pairs of layers", (share(t.fit.pairwise) for t in trusts))
     regrets = [t.regret for t in trusts]

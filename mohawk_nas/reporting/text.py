@@ -194,12 +194,12 @@ def audit_verdict(report: AuditReport) -> list[str]:
     return [*lines, f"The study's own best, {layers(report.searched)}, is {where}."]
 
 
-def trust_lines(trust: Trust, mean: str) -> list[str]:
+def trust_lines(trust: Trust, report: AuditReport) -> list[str]:
     """How well the score foretells a distilled figure, in words.
 
     Args:
         trust: What was found.
-        mean: What regret is a share of, see :func:`mean_of_all`.
+        report: Which this belongs to.
     """
     tau = trust.kendall
     pairs = " to ".join(f"{(1 + end) / 2:.0%}" for end in (tau.low, tau.high))
@@ -213,10 +213,12 @@ def trust_lines(trust: Trust, mean: str) -> list[str]:
     if trust.reliability is None or trust.ceiling is None:
         lines.append("With one seed nothing says how much of this is chance; give more --seeds.")
     else:
+        some = report.repeated < report.layouts
+        by = f" (by {report.repeated} layouts with several seeds)" if some else ""
         lines.append(
-            f"Reliability {trust.reliability:.2f}: so much of what single distillations differ by "
-            "is the layouts' doing, the rest is the seed's. A perfect score's correlation would be "
-            f"{trust.ceiling:.2f}."
+            f"Reliability {trust.reliability:.2f}{by}: so much of what single distillations differ "
+            "by is the layouts' doing, the rest is the seed's. A perfect score's correlation would "
+            f"be {trust.ceiling:.2f}."
         )
     if trust.regret is None:
         lines.append(
@@ -225,7 +227,7 @@ def trust_lines(trust: Trust, mean: str) -> list[str]:
         )
     else:
         lines.append(
-            f"Regret {regret_total(trust.regret)} of ({mean} - best): "
+            f"Regret {regret_total(trust.regret)} of ({mean_of_all(report)} - best): "
             f"{trust.regret.objective:.1%} is the score's, by how its best layout distils, and "
             f"{trust.regret.strategy:.1%} the search's, by how the study's best differs from that."
         )
