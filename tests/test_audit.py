@@ -112,7 +112,9 @@ def test_a_second_seed_of_some_layouts_takes_no_other_away(study, tmp_path, monk
     monkeypatch.setattr("mohawk_nas.audit.FEWEST", 6)
     report, _ = audit(config, hours=0, tokens=256)
     assert (report.layouts, report.seeds, report.repeated) == (20, 1, 6)
-    values = [[np.mean(row["kl_blocks"]) for row in pair] for pair in zip(rows[:6], again, strict=True)]
+    values = [
+        [np.mean(row["kl_blocks"]) for row in pair] for pair in zip(rows[:6], again, strict=True)
+    ]
     (trust,) = report.trusts
     assert trust.reliability == pytest.approx(reliability(np.array(values)))
     assert trust.spearman == one.trusts[0].spearman
