@@ -283,7 +283,10 @@ def examine(
 
 def command() -> str:
     """What was typed, without where it lies."""
-    said = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
+    said = []
+    for word in sys.argv:
+        key, equals, value = word.rpartition("=")
+        said.append(key + equals + (Path(value).name if Path(value).is_absolute() else value))
     return " ".join(["python", *said])
 
 
