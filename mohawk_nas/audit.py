@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mohawk_nas.config import StudyConfig, recipe_of, short_recipe
-from mohawk_nas.distill.several import distil_layouts, students_at_once
+from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import ConfigError, RunError, TrainingError
 from mohawk_nas.files import RowFile, read_json, write_json
 from mohawk_nas.layout import ATTENTION, Layout
@@ -370,7 +370,7 @@ def _distil(
     mine = work.share(result, *share)
     train = bench.training_text(work.tokens)
     recipe = short_recipe(config, work.tokens)
-    measure, at_once = measure_on(bench, "validation"), students_at_once(bench.teacher)
+    measure, at_once = measure_on(bench, "validation"), bench.students_at_once(recipe)
     told, total = False, len(mine) * work.seeds
     done = sum(len(_done(rows.rows, mine, seed)) for seed in range(work.seeds))
     with reporter.stage("audit", total=total, unit="distillation", done=done) as task:
@@ -417,7 +417,7 @@ def _distil_by_workers(
     before = RowFile(path).rows
     done = sum(len(_done(before, chosen, seed)) for seed in range(work.seeds))
     total, known, told = len(chosen) * work.seeds, len(before), False
-    round_of_all = workers * students_at_once(bench.teacher)
+    round_of_all = workers * bench.students_at_once(short_recipe(config, work.tokens))
     # This process distils nothing, so what it holds of a GPU is its workers'.
     bench.release()
     places = environments(workers, config.teacher.device)

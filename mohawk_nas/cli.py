@@ -86,10 +86,15 @@ def search(
     from mohawk_nas.reporting import screen
 
     if dry_run:
+        from mohawk_nas.config import short_recipe
+        from mohawk_nas.forecast import count_student_memory
         from mohawk_nas.plan import make_plan
 
         if ranks.rank() == 0:
-            screen.show_plan(config, make_plan(config))
+            plan, rung = make_plan(config), {}
+            if rungs := plan.search.rungs:
+                rung = count_student_memory(config, short_recipe(config, max(rungs)))
+            screen.show_plan(config, plan, rung_memory=rung)
         return
     from mohawk_nas import pipeline
     from mohawk_nas.reporting.html import write_report

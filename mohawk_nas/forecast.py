@@ -6,14 +6,24 @@ where the student's forward pass is run to count what autograd keeps of it.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
-from mohawk_nas.config import StudyConfig, TeacherConfig
+from mohawk_nas.config import (
+    DistillConfig,
+    LogitsConfig,
+    StageConfig,
+    StudyConfig,
+    TeacherConfig,
+)
 from mohawk_nas.distill.logits import trainable_parameters
 from mohawk_nas.distill.parallel import bytes_of_parts
 from mohawk_nas.distill.trainer import num_steps
@@ -22,11 +32,12 @@ from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import HEAD_VALUES, body
 from mohawk_nas.mixer import Mixer
 from mohawk_nas.plan import count_work, find_problems
+from mohawk_nas.search.budget import make_budget
 from mohawk_nas.search.space import load_space
 from mohawk_nas.student import install_mixers
 from mohawk_nas.teacher import Teacher, load_teacher
 
-__all__ = ["Forecast", "StageForecast", "make_forecast"]
+__all__ = ["Forecast", "StageForecast", "count_student_memory", "make_forecast"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,9 +101,63 @@ def make_forecast(
     if problems := find_problems(config):
         raise ConfigError(problems)
     teacher = load_teacher(config.teacher, meta=True)
+    return _forecast(
+        config,
+        layout,
+        teacher,
+        dtype=_dtype(config.teacher),
+        gpus=gpus,
+        peak=peak,
+        utilisation=utilisation,
+    )
+
+
+def count_student_memory(
+    config: StudyConfig, recipe: LogitsConfig, *, teacher: Teacher | None = None
+) -> dict[str, int]:
+    """Part -> bytes that one student and its teacher hold on a GPU while it is distilled briefly.
+
+    The student is a layout drawn from the budget as far as that is known without measuring.
+
+    Args:
+        config: The study.
+        recipe: Stage 3 of a rung or an audit, whatever its tokens.
+        teacher: Where it is loaded; None takes its ``config.json``, and bfloat16 for "auto".
+    """
+    dtype = _dtype(config.teacher) if teacher is None else teacher.model.dtype
+    blank = load_teacher(config.teacher, meta=True) if teacher is None else _blank(teacher)
+    space = load_space(config.space, num_layers=blank.num_layers)
+    budget = make_budget(
+        config.budget, space, blank.views, bytes_per_element=dtype.itemsize, decode=None
+    )
+    # Whatever teaches the full distillation, the study's teacher does here.
+    logits = dataclasses.replace(recipe, tokens=1)
+    alone = DistillConfig(logits=logits, hidden=StageConfig(tokens=0))
+    forecast = _forecast(
+        dataclasses.replace(config, distill=alone),
+        budget.random(space, random.Random(config.seed)),
+        blank,
+        dtype=dtype,
+        gpus=1,
+        peak=1.0,
+        utilisation=1.0,
+    )
+    return forecast.stages["3 (logits)"].memory
+
+
+def _forecast(
+    config: StudyConfig,
+    layout: Layout,
+    teacher: Teacher,
+    *,
+    dtype: torch.dtype,
+    gpus: int,
+    peak: float,
+    utilisation: float,
+) -> Forecast:
+    """The same for a study without problems, with its teacher on the meta device."""
     space = load_space(config.space, num_layers=teacher.num_layers)
     space.check(layout)
-    dtype = _dtype(config.teacher)
     distill, length = config.distill, config.data.block_size
     names = [layout[i] for i in layout.replaced_layers]
     with torch.device("meta"):
@@ -108,7 +173,7 @@ def make_forecast(
         _count(teacher.views[i].module.parameters()) for i in mixers
     )
     work = count_work(teacher, [space.candidates[n] for n in names], length)
-    student = load_teacher(config.teacher, meta=True)
+    student = _blank(teacher)
     install_mixers(student.model, dict(mixers), student.slots)
     trained = trainable_parameters(student.model, distill.logits.trainable)
     trained_mixers = sum(_count(mixer.parameters()) for mixer in mixers.values())
@@ -236,6 +301,14 @@ def _disk(config: StudyConfig, mixers: int, stock: int, trained: int) -> dict[st
         "the student": 4 * (mixers + stock),
         "token cache": 4 * (held_out + bank + (0 if data.streaming else text)),
     }
+
+
+def _blank(teacher: Teacher) -> Teacher:
+    """The same model on the meta device."""
+    config = copy.deepcopy(teacher.model.config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return Teacher(model, source=teacher.source)
 
 
 def _dtype(config: TeacherConfig) -> torch.dtype:

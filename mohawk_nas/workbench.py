@@ -19,12 +19,13 @@ import torch
 
 from mohawk_nas import recall
 from mohawk_nas.bank import Bank
-from mohawk_nas.config import StudyConfig, short_recipe
+from mohawk_nas.config import LogitsConfig, StudyConfig, short_recipe
 from mohawk_nas.data import BlockOrder, TokenBlocks, load_blocks
 from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.distill.trainer import num_steps
 from mohawk_nas.errors import ConfigError, TeacherError
 from mohawk_nas.export.hf import describe_candidates
+from mohawk_nas.forecast import count_student_memory
 from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import evaluate_blocks
 from mohawk_nas.registry import load_plugin
@@ -327,6 +328,12 @@ class Workbench:
             )
         return scorer
 
+    def students_at_once(self, recipe: LogitsConfig) -> int:
+        """How many students the device has room for side by side, by a recipe of stage 3."""
+        memory = count_student_memory(self.config, recipe, teacher=self.teacher)
+        del memory["teacher's weights"]
+        return students_at_once(self.teacher.device, sum(memory.values()))
+
     def distiller(self, scorer: BankScorer) -> Distiller:
         """Distils layouts for the rungs; what the scorer keeps in memory is let go for them."""
         return _Distiller(self, scorer)
@@ -342,7 +349,7 @@ class _Distiller:
     @property
     def at_once(self) -> int:
         self.scorer.release()
-        return students_at_once(self.bench.teacher)
+        return self.bench.students_at_once(short_recipe(self.bench.config, 0))
 
     def __call__(self, layouts: Sequence[Layout], tokens: int) -> list[Score]:
         bench = self.bench

@@ -17,19 +17,24 @@ import yaml
 from rich.console import Console
 from synthetic_search import SyntheticScorer, make
 from tiny_study import make_study, make_teacher, make_text
+from typer.testing import CliRunner
 
 from mohawk_nas import pipeline
 from mohawk_nas.audit import audit
-from mohawk_nas.config import RungsConfig, short_recipe
+from mohawk_nas.cli import app
+from mohawk_nas.config import RungsConfig, dump, short_recipe
 from mohawk_nas.data import load_blocks
 from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import ConfigError
+from mohawk_nas.forecast import count_student_memory
 from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import evaluate_blocks
 from mohawk_nas.plan import make_plan
+from mohawk_nas.ranks import GPU_SHARERS
 from mohawk_nas.reporting import Silent
 from mohawk_nas.reporting.console import print_result
 from mohawk_nas.reporting.html import render_report
+from mohawk_nas.reporting.text import layers, proposers
 from mohawk_nas.search.leases import Pace, Worker
 from mohawk_nas.search.record import open_ledger
 from mohawk_nas.search.result import compare
@@ -507,6 +512,34 @@ def test_best_yaml_and_the_reports_name_the_rungs(folder, searched):
         assert "3 to 256 tokens of stage 3, then 2 to 1,280" in text
         assert "; 3,328 tokens and " in text, "3 x 256 + 2 x 1,280"
         assert "after 1,280 tokens of stage 3" in text
+        for layout in result.rungs[0].climbers:
+            named = re.escape(proposers(result, layout))
+            assert re.search(rf" {layers(layout)} +[\d.,\- ]+ {named}", text), layout
+
+
+def test_as_many_students_are_distilled_at_once_as_there_is_room_for(folder, monkeypatch):
+    config = make_study(folder, *RUNGS)
+    bench, recipe = Workbench(config), short_recipe(config, 0)
+    memory = count_student_memory(config, recipe, teacher=bench.teacher)
+    each = sum(memory.values()) - memory["teacher's weights"]
+    # A student's weights, gradients and two moments are the least.
+    assert each > 16 * sum(p.numel() for p in bench.teacher.model.parameters())
+
+    def with_room_for(students, **changes):
+        free = int(students * each / 0.9) + 1
+        monkeypatch.setattr("mohawk_nas.distill.several._available_bytes", lambda: free)
+        return bench.students_at_once(replace(recipe, **changes))
+
+    assert [with_room_for(n) for n in (0.5, 1, 1.9, 2, 3, 9)] == [1, 1, 1, 2, 3, 4]
+    assert with_room_for(3, batch_size=4 * recipe.batch_size) == 1, "more of each step is kept"
+    monkeypatch.setenv(GPU_SHARERS, "2")
+    assert [with_room_for(n) for n in (2, 4, 9)] == [1, 2, 4], "the other takes its half"
+    # And who plans is told.
+    monkeypatch.delenv(GPU_SHARERS)
+    path = folder / "planned.yaml"
+    path.write_text(dump(config), encoding="utf-8")
+    told = CliRunner().invoke(app, ["search", str(path), "--dry-run"])
+    assert told.exit_code == 0 and "Memory while a rung distils one layout" in told.output
 
 
 def test_another_recipe_is_distilled_anew_and_never_mixed(folder, searched, tmp_path):

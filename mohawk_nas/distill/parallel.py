@@ -31,7 +31,6 @@ from mohawk_nas.distill.logits_trainer import (
 )
 from mohawk_nas.distill.losses import loss_of_hidden
 from mohawk_nas.distill.optimizer import ClippedAdamW
-from mohawk_nas.distill.several import BYTES_A_PARAMETER
 from mohawk_nas.fusion import fused_parts
 from mohawk_nas.metrics import BlockFigures, body, evaluate_blocks
 from mohawk_nas.ranks import num_ranks, of_every, rank
@@ -56,6 +55,8 @@ MOST_LAYERS_AT_ONCE = 4
 beside."""
 PARAMETERS_AT_ONCE = 2**28
 """Most parameters of these layers."""
+BYTES_A_PARAMETER = 20
+"""A weight, its master, both gradients and two moments."""
 
 
 def parallel_mode(config: LogitsConfig, teacher: Teacher) -> Mode:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,19 +28,34 @@ T = TypeVar("T")
 
 MOST_AT_ONCE = 4
 """Beyond so many the teacher's forward pass that they share saves next to nothing."""
-BYTES_A_PARAMETER = 20
+SHARE = 0.9
+"""Of the free memory that students may take; the rest is working memory."""
 
 
-def students_at_once(teacher: Teacher) -> int:
-    """How many students to train side by side: four, or what half of a GPU's free memory holds.
+def students_at_once(device: torch.device, each: int) -> int:
+    """How many students to train side by side: four, or as many as there is room for, at least one.
 
-    Of each parameter there are the weight, its master, both gradients and two moments.
+    Args:
+        device: Where they are trained.
+        each: Bytes of one, as :func:`~mohawk_nas.forecast.count_student_memory` counts.
     """
-    if teacher.device.type != "cuda":
-        return MOST_AT_ONCE
-    each: int = BYTES_A_PARAMETER * sum(p.numel() for p in teacher.model.parameters())
-    free, _ = torch.cuda.mem_get_info(teacher.device)
-    return max(1, min(MOST_AT_ONCE, int(free) // (2 * each * gpu_sharers())))
+    if device.type == "cuda":
+        # What PyTorch holds without using it is free as well.
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = _available_bytes()
+    return max(1, min(MOST_AT_ONCE, int(SHARE * free / gpu_sharers()) // each))
+
+
+def _available_bytes() -> int:
+    """Of the machine's memory, with what the system gives back when asked."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        (line,) = (line for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return 1024 * int(line.split()[1])
 
 
 def distil_layouts(

@@ -146,9 +146,11 @@ def _rung_table(result: StudyResult) -> Table:
     table.add_column("keeps")
     for name in columns:
         table.add_column(name, justify="right")
+    table.add_column("proposed by")
     for layout, cells in rows.items():
         style = "bold green" if layout == result.best.layout else ""
-        table.add_row(Text(text.layers(layout), style=style), *cells)
+        named = Text(text.layers(layout), style=style)
+        table.add_row(named, *cells, text.proposers(result, layout))
     return table
 
 

@@ -117,10 +117,11 @@ def _baseline_table(result: StudyResult) -> str:
 def _rung_table(result: StudyResult) -> str:
     columns, found = text.rung_table(result)
     rows = [
-        [_strip(result, layout), text.layers(layout), *cells] for layout, cells in found.items()
+        [_strip(result, x), text.layers(x), *cells, escape(text.proposers(result, x))]
+        for x, cells in found.items()
     ]
     columns = ["layout", "keeps", *columns]
-    return table(columns, rows, numbers=set(range(2, len(columns))))
+    return table([*columns, "proposed by"], rows, numbers=set(range(2, len(columns))))
 
 
 def _columns(result: StudyResult) -> list[str]:

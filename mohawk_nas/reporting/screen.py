@@ -77,8 +77,10 @@ def show_placement(layout: Layout, score: Score, placement: Placement, result: S
         _say(f"It is off the budget ({excess}): the rank compares unequal things.")
 
 
-def show_plan(config: StudyConfig, plan: Plan) -> None:
-    """What a search would do."""
+def show_plan(
+    config: StudyConfig, plan: Plan, *, rung_memory: Mapping[str, int] | None = None
+) -> None:
+    """What a search would do; ``rung_memory`` is what one student of a rung holds, part by part."""
     table = _table(f"Plan of {config.name}: nothing has been run")
     table.add_column("what", no_wrap=True)
     table.add_column("how much")
@@ -122,6 +124,14 @@ def show_plan(config: StudyConfig, plan: Plan) -> None:
     disk = f"{_bytes(plan.disk_bytes)}, up to four times that while it is trained"
     memory.add_row("bank on disk", disk)
     _OUT.print(memory)
+    if rung_memory:
+        memory = _table("Memory while a rung distils one layout; a GPU with room takes up to four")
+        memory.add_column("part", no_wrap=True)
+        memory.add_column("size", justify="right")
+        for part, size in rung_memory.items():
+            memory.add_row(part, _bytes(size))
+        memory.add_row("all", _bytes(sum(rung_memory.values())), style="bold")
+        _OUT.print(memory)
 
     times = _table(
         f"Least time on this machine ({plan.device}), counted operations at the "

@@ -32,7 +32,7 @@ from table import all_or_some, name_of, numbers
 
 from mohawk_nas.audit import measure_on
 from mohawk_nas.config import LogitsConfig, StudyConfig, load_study
-from mohawk_nas.distill.several import distil_layouts, students_at_once
+from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import InputError, MohawkError
 from mohawk_nas.files import RowFile
 from mohawk_nas.plan import find_problems
@@ -106,7 +106,7 @@ def measure_all(config: StudyConfig, rows: RowFile, args: argparse.Namespace) ->
     places = np.linspace(*args.between, args.layouts) * (len(ranked) - 1)
     layouts = [ranked[round(place)] for place in places]
     train = bench.training_text(max(args.tokens))
-    measure, at_once = measure_on(bench, "validation"), students_at_once(bench.teacher)
+    measure = measure_on(bench, "validation")
     for recipe in ["undistilled", *args.recipes]:
         for tokens in [0] if recipe == "undistilled" else sorted(args.tokens):
             logits = changed(config.distill.logits, recipe, tokens)
@@ -114,6 +114,7 @@ def measure_all(config: StudyConfig, rows: RowFile, args: argparse.Namespace) ->
                 row = {"recipe": recipe, "tokens": tokens, "seed": seed}
                 done = {found["layout"] for found in rows.find(**row)}
                 left = [layout for layout in layouts if name_of(layout) not in done]
+                at_once = bench.students_at_once(logits)
                 for start in range(0, len(left), at_once):
                     group, began = left[start : start + at_once], time.perf_counter()
                     found = distil_layouts(

@@ -41,7 +41,7 @@ from typing import Any
 
 from mohawk_nas.audit import choose_layouts, measure_on, swaps
 from mohawk_nas.config import OBJECTIVES, StudyConfig, load_study, plain, recipe_of
-from mohawk_nas.distill.several import distil_layouts, students_at_once
+from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import InputError, MohawkError, RunError
 from mohawk_nas.files import RowFile
 from mohawk_nas.layout import Layout
@@ -377,7 +377,7 @@ def distil(
     """Every budget and seed that a chosen layout lacks, small budgets first."""
     config, reporter = bench.config, bench.reporter
     train = bench.training_text(max(args.tokens))
-    at_once = args.at_once or students_at_once(bench.teacher)
+    at_once = args.at_once or bench.students_at_once(config.distill.logits)
     on_test, on_validation = measure_on(bench, "test"), measure_on(bench, "validation")
 
     def measure(model: Any) -> dict[str, Any]:

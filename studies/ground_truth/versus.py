@@ -38,7 +38,7 @@ from table import name_of, numbers, part
 
 from mohawk_nas import pipeline
 from mohawk_nas.config import StudyConfig, load_study, recipe_of
-from mohawk_nas.distill.several import distil_layouts, students_at_once
+from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import InputError, LayoutError, MohawkError
 from mohawk_nas.files import RowFile, write_json
 from mohawk_nas.layout import Layout
@@ -203,7 +203,7 @@ def distil(
 ) -> None:
     """What this part has of the distillations and the rows lack, students of a budget at once."""
     logits = bench.config.distill.logits
-    at_once, recipe = students_at_once(bench.teacher), recipe_of(logits)
+    at_once, recipe = bench.students_at_once(logits), recipe_of(logits)
     train = bench.training_text(max(budget for _, budget in wanted))
     measure = measure_on_test(bench)
     for seed in args.seeds:
