@@ -16,13 +16,14 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #333b48;
   --page: #14181f; --panel: #1c222c; --keep: #3fbf8f; --lose: #e07a6d; --dot: #5d7391; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--page);
+body { margin: 0 auto; max-width: 74rem; padding: 2rem 1.25rem 4rem; background: var(--page);
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2.4rem 0 .5rem; }
 p { margin: .3rem 0; } .soft { color: var(--soft); font-size: .87rem; max-width: 52rem; }
 .answer { background: var(--panel); border-radius: 8px; padding: 1rem 1.2rem; margin: 1.2rem 0; }
 .answer .strip { font-size: 1.1rem; margin-bottom: .5rem; display: inline-block; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+.scroll { overflow-x: auto; } .scroll .strip { font-size: .86em; letter-spacing: .04em; }
+table { border-collapse: collapse; width: 100%; }
 th { text-align: left; font-weight: 600; color: var(--soft); font-size: .82rem; }
 th, td { padding: .28rem .7rem .28rem 0; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
