@@ -3,7 +3,8 @@
 Layouts are taken from the whole range of the score, besides those that matter: the best, what the
 baselines name, what climbed to a rung, and some drawn at random from all on the budget. Each is
 distilled from the bank with one short recipe and measured on the validation split, with more than
-one seed, so that what cannot be foretold is known too. The rows stand in ``audit/distilled.jsonl``
+one seed, so that what cannot be foretold is known too. None of these is the rungs' seed: the study
+has chosen by those very students. The rows stand in ``audit/distilled.jsonl``
 of the run; the same command goes on with them.
 """
 
@@ -64,16 +65,18 @@ class Trust:
 
     figure: str
     """``kl`` or ``recall``."""
-    spearman: Interval
-    kendall: Interval
+    spearman: Interval | None
+    """None, as all else, where the figure is the same for every layout."""
+    kendall: Interval | None
     best_quarter: Interval | None
-    """Spearman's, within the quarter that distils best; None where that is too few layouts."""
+    """Spearman's, within the quarter that distils best; None where that is too few layouts, or they
+    do not differ."""
     reliability: float | None
     """Share of a distillation's variance that the layout makes and not the seed, by the layouts
     that were distilled with several; None where these are too few."""
     ceiling: float | None
     """Spearman's correlation that a perfect score would reach among these."""
-    fit: Fit
+    fit: Fit | None
     """What sums over layers and pairs explain of it."""
     regret: Regret | None
     """Of the study's best layout among those distilled; None where no layout beats the mean."""
@@ -124,6 +127,14 @@ class AuditReport:
             **{name: list(layout.candidates) for name, layout in named.items()},
             "tied": [list(layout.candidates) for layout in self.tied],
             "trusts": [asdict(trust) for trust in self.trusts],
+            "distilled": [
+                {
+                    "layout": list(one.layout.candidates),
+                    "score": one.score,
+                    **{name: list(values) for name, values in one.figures.items()},
+                }
+                for one in self.distilled
+            ],
         }
 
 
@@ -176,18 +187,29 @@ def audit(
         drawn = _draw(bench, result, folder / "drawn.json")
         work = _Work(
             tokens=tokens,
-            seeds=seeds,
+            seeds=_seeds(config, seeds),
             layouts=layouts,
             hours=hours,
             until=time.time() + 3600 * hours,
             drawn=tuple(drawn),
         )
         rows = folder / "distilled.jsonl"
+        if took := [
+            score.seconds
+            for rung in result.rungs
+            if rung.tokens == tokens
+            for score in rung.scores.values()
+        ]:
+            # Known before anything is distilled here.
+            each = float(np.mean(took)) / workers
+            reporter.say(work.outlook(each, len(work.chosen(result))))
         if workers == 1:
             _distil(bench, result, rows, work)
         else:
             _distil_by_workers(bench, result, rows, work, workers)
-        report = _report(result, RowFile(rows).rows, tokens=tokens, drawn=drawn)
+        # Earlier versions distilled with the rungs' seed as well.
+        own = [row for row in RowFile(rows).rows if row["seed"] != config.seed]
+        report = _report(result, own, tokens=tokens, drawn=drawn)
         path = folder / "audit.json"
         write_json(path, report.to_dict())
         return report, path
@@ -271,6 +293,10 @@ def expected_interval(layouts: int, correlation: float = GUESS) -> tuple[float, 
     return math.tanh(middle - 1.96 * error), math.tanh(middle + 1.96 * error)
 
 
+def _seeds(config: StudyConfig, count: int) -> tuple[int, ...]:
+    return tuple(seed for seed in range(count + 1) if seed != config.seed)[:count]
+
+
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / "settings.json"
     if path.is_file() and (kept := read_json(path)) != settings:
@@ -315,7 +341,7 @@ class _Work:
     """What is to be distilled; the same for all workers."""
 
     tokens: int
-    seeds: int
+    seeds: tuple[int, ...]
     layouts: int | None
     hours: float
     until: float
@@ -345,8 +371,9 @@ class _Work:
 
     def outlook(self, each: float, possible: int) -> str:
         """What interval the time allows, by the seconds of a distillation."""
-        count = min(int(3600 * self.hours / each / self.seeds), possible)
-        return _outlook(each, count, self.seeds)
+        seeds = len(self.seeds)
+        count = min(int(3600 * self.hours / each / seeds), possible)
+        return _outlook(each, count, seeds)
 
 
 def _distil(
@@ -371,11 +398,11 @@ def _distil(
     train = bench.training_text(work.tokens)
     recipe = short_recipe(config, work.tokens)
     measure, at_once = measure_on(bench, "validation"), bench.students_at_once(recipe)
-    told, total = False, len(mine) * work.seeds
-    done = sum(len(_done(rows.rows, mine, seed)) for seed in range(work.seeds))
+    told, total = False, len(mine) * len(work.seeds)
+    done = sum(len(_done(rows.rows, mine, seed)) for seed in work.seeds)
     with reporter.stage("audit", total=total, unit="distillation", done=done) as task:
         for start in range(0, len(mine), at_once):
-            for seed in range(work.seeds):
+            for seed in work.seeds:
                 group = mine[start : start + at_once]
                 known = _done(rows.rows, group, seed)
                 group = [layout for layout in group if layout not in known]
@@ -415,8 +442,8 @@ def _distil_by_workers(
     config, reporter = bench.config, bench.reporter
     chosen = work.chosen(result)
     before = RowFile(path).rows
-    done = sum(len(_done(before, chosen, seed)) for seed in range(work.seeds))
-    total, known, told = len(chosen) * work.seeds, len(before), False
+    done = sum(len(_done(before, chosen, seed)) for seed in work.seeds)
+    total, known, told = len(chosen) * len(work.seeds), len(before), False
     round_of_all = workers * bench.students_at_once(short_recipe(config, work.tokens))
     # This process distils nothing, so what it holds of a GPU is its workers'.
     bench.release()
@@ -486,7 +513,7 @@ def _report(
     if len(counts) < FEWEST:
         raise RunError(
             f"only {len(counts)} layouts are distilled, and {FEWEST} are needed to say anything; "
-            "run again with more --hours"
+            "run again with more --hours, and --layouts of as many"
         )
     # As many seeds as half of the layouts have been through: fewer seeds would be noisier, but time
     # may have ended when a second one had just begun.
@@ -577,6 +604,9 @@ def _trust(
     truth = values.mean(axis=1)
     several = values.shape[1] > 1
     top = truth <= np.quantile(truth, 0.25)
+    differ, best_differ = bool(np.ptp(truth)), bool(np.ptp(truth[top]) and np.ptp(scores[top]))
+    if by_seed is not None and not np.ptp(by_seed):
+        by_seed = None
     regret = None
     chance = list(range(len(truth))) if drawn is None else list(drawn)
     if searched is not None and truth.min() < truth[chance].mean():
@@ -591,13 +621,13 @@ def _trust(
                 regret = dataclasses.replace(regret, within=within)
     return Trust(
         figure=name,
-        spearman=statistics.spearman(scores, truth),
-        kendall=statistics.kendall(scores, truth),
+        spearman=statistics.spearman(scores, truth) if differ else None,
+        kendall=statistics.kendall(scores, truth) if differ else None,
         best_quarter=statistics.spearman(scores[top], truth[top])
-        if top.sum() >= FEWEST // 2
+        if best_differ and top.sum() >= FEWEST // 2
         else None,
         reliability=None if by_seed is None else statistics.reliability(by_seed),
         ceiling=None if by_seed is None else statistics.ceiling(by_seed),
-        fit=statistics.fit_layers(kept, truth),
+        fit=statistics.fit_layers(kept, truth) if differ else None,
         regret=regret,
     )

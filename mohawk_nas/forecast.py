@@ -304,10 +304,19 @@ def _disk(config: StudyConfig, mixers: int, stock: int, trained: int) -> dict[st
 
 
 def _blank(teacher: Teacher) -> Teacher:
-    """The same model on the meta device."""
+    """The same model on the meta device, to be run there.
+
+    Its windows are opened: transformers reads values to mask them, which a meta tensor has not, and
+    autograd keeps as much of a layer without one.
+    """
     config = copy.deepcopy(teacher.model.config)
+    way = "eager" if config._attn_implementation == "eager" else "sdpa"
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * len(kinds)
+    if way == "sdpa" and getattr(config, "sliding_window", None) is not None:
+        config.sliding_window = None
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=way)
     return Teacher(model, source=teacher.source)
 
 
@@ -343,7 +352,12 @@ def _saved_by_student(
         parameter.requires_grad_(True)
     tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
     # Attention's kernels keep no matrix of a head, but there are no kernels on the meta device.
-    matrices = student.views[0].num_heads * length * length
+    matrices: int | None = student.views[0].num_heads * length * length
+    mask = None
+    if model.config._attn_implementation == "eager":
+        # It keeps them, and its own mask is made by reading values.
+        matrices = None
+        mask = torch.ones(1, length, dtype=torch.bool, device="meta")
     marks: list[int] = []
     saved: list[int] = []
     handles = [
@@ -351,7 +365,7 @@ def _saved_by_student(
         for i in range(student.num_layers)
     ]
     try:
-        _saved(lambda: body(model, tokens), model.parameters(), into=saved, matrices=matrices)
+        _saved(lambda: body(model, tokens, mask), model.parameters(), into=saved, matrices=matrices)
     finally:
         for handle in handles:
             handle.remove()

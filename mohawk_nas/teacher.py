@@ -349,8 +349,10 @@ def load_teacher(config: TeacherConfig, *, meta: bool = False, seed: int = 0) ->
         TeacherError: It is not there, is damaged, or is not a plain Transformer.
     """
     if meta:
+        # Nor need flash-attn be installed here. Some models know eager attention alone.
+        way = "eager" if config.attention == "eager" else "sdpa"
         with torch.device("meta"):
-            model = _build(config, attn_implementation="sdpa")
+            model = _build(config, attn_implementation=way)
         return Teacher(model, source=config.source)
     device = pick_device(config.device)
     dtype = teacher_dtype(config, device)

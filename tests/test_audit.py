@@ -50,6 +50,10 @@ def study(tmp_path_factory):
     return config
 
 
+def means_of(rows, layout):
+    return [row["kl_blocks"] for row in rows if tuple(row["layout"]) == layout]
+
+
 def rows_of(config):
     path = config.run_dir / "audit" / "distilled.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -67,6 +71,7 @@ def test_an_audit_goes_on_and_reports(study, tmp_path):
     assert listener.stages[-1] == ("audit", 40, 5, 35)
     rows = rows_of(study)
     assert len(rows) == 40 == len({(tuple(row["layout"]), row["seed"]) for row in rows})
+    assert {row["seed"] for row in rows} == {1, 2}, "rungs distil with the study's own"
     assert (report.layouts, report.seeds, report.tokens) == (20, 2, 256)
     (trust,) = report.trusts
     assert trust.figure == "kl"
@@ -82,6 +87,10 @@ def test_an_audit_goes_on_and_reports(study, tmp_path):
     assert report.best.candidates == best and report.best not in report.tied
     said = json.loads(path.read_text(encoding="utf-8"))
     assert said["best"] == list(best) and said["trusts"][0]["spearman"]["low"] > 0.5
+    kept = {tuple(one["layout"]): one for one in said["distilled"]}
+    assert len(kept) == 20 and kept[best]["kl"] == pytest.approx(
+        [np.mean(x) for x in means_of(rows, best)]
+    )
     # Nothing is distilled twice, and another recipe is another audit.
     again, _ = audit(study, hours=1, tokens=256)
     assert again == report and rows_of(study) == rows
@@ -89,7 +98,7 @@ def test_an_audit_goes_on_and_reports(study, tmp_path):
         audit(study, hours=1, tokens=512)
     # A third seed of a few layouts does not take the others' two away.
     with (study.run_dir / "audit" / "distilled.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({**row, "seed": 2}) + "\n" for row in rows[:3])
+        file.writelines(json.dumps({**row, "seed": 3}) + "\n" for row in rows[:3])
     report, _ = audit(study, hours=0, tokens=256)
     assert (report.layouts, report.seeds, report.repeated) == (20, 2, 20)
 
@@ -104,7 +113,7 @@ def test_a_second_seed_of_some_layouts_takes_no_other_away(study, tmp_path, monk
     rows = rows_of(config)
     # As if time had ended there.
     again = [
-        {**row, "seed": 1, "kl_blocks": [x + 0.01 * i for x in row["kl_blocks"]]}
+        {**row, "seed": 2, "kl_blocks": [x + 0.01 * i for x in row["kl_blocks"]]}
         for i, row in enumerate(rows[:6])
     ]
     file = config.run_dir / "audit" / "distilled.jsonl"
@@ -121,6 +130,32 @@ def test_a_second_seed_of_some_layouts_takes_no_other_away(study, tmp_path, monk
     show_audit(report, files=[])
     assert re.search(r"by layouts with several seeds +6", capsys.readouterr().out)
     assert "by 6 layouts with several seeds" in render_audit(report, name="tiny")
+
+
+def test_a_figure_that_is_the_same_for_all_foretells_nothing(study, tmp_path, capsys):
+    config = dataclasses.replace(study, output=str(tmp_path))
+    shutil.copytree(study.run_dir, config.run_dir)
+    shutil.rmtree(config.run_dir / "audit", ignore_errors=True)
+    audit(config, hours=1, tokens=256, seeds=2)
+    file = config.run_dir / "audit" / "distilled.jsonl"
+    # As where no student recalls anything, or all of the best everything.
+    for best in (0.0, 1.0):
+        rows = [{**row, "recall": best, "recall_sequences": [best] * 3} for row in rows_of(config)]
+        if best:
+            for row in rows:
+                if np.mean(row["kl_blocks"]) > np.median([np.mean(r["kl_blocks"]) for r in rows]):
+                    row.update(recall=0.5, recall_sequences=[0.5] * 3)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        report, _ = audit(config, hours=0, tokens=256)
+        kl, recall = report.trusts
+        assert kl.spearman and kl.kendall and kl.reliability is not None
+        assert recall.best_quarter is None
+        assert (recall.spearman is None) == (best == 0) == (recall.fit is None)
+        show_audit(report, files=[])
+        assert "pairs of layouts in another order" in capsys.readouterr().out
+        page = render_audit(report, name="tiny")
+        assert ("All layouts have the same distilled recall" in page) == (best == 0)
+        assert not re.search(r"\b(nan|inf)\b", page)
 
 
 def test_regret_is_a_share_of_what_chance_gives(study, tmp_path):

@@ -563,7 +563,12 @@ def test_score_and_audit_take_the_best_of_the_highest_rung(folder, searched, mon
     assert found.best.layout == layout == result.best.layout
     assert placement.versus_best.difference == 0
     monkeypatch.setattr("mohawk_nas.audit.FEWEST", 6)
-    report, _ = audit(config, hours=1, tokens=128, seeds=1)
+    said = []
+    listener = Silent()
+    monkeypatch.setattr(listener, "say", said.append, raising=False)
+    report, _ = audit(config, hours=1, tokens=256, seeds=1, reporter=listener)
+    # The rungs have told how long it takes.
+    assert sum(text.startswith("a distillation takes") for text in said) == 2
     assert report.searched == result.best.layout and report.layouts == 6
 
 

@@ -16,8 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconF
 from transformers.activations import NewGELUActivation
 
 from mohawk_nas import fusion
-from mohawk_nas.config import TeacherConfig
+from mohawk_nas.config import (
+    BudgetConfig,
+    DataConfig,
+    LogitsConfig,
+    SpaceConfig,
+    StudyConfig,
+    TeacherConfig,
+)
 from mohawk_nas.errors import TeacherError
+from mohawk_nas.forecast import count_student_memory
 from mohawk_nas.fusion import fused_parts
 from mohawk_nas.layout import Layout
 from mohawk_nas.mixer import build_mixer, mixer_config
@@ -304,6 +312,30 @@ def test_logits_of_the_body_are_the_models(family, padded):
     assert torch.equal(teacher.logits(teacher.run(tokens, mask=mask)), expected)
     # The body works as before.
     assert torch.equal(teacher.model(tokens, attention_mask=mask).logits, expected)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+def test_what_a_student_takes_is_counted_for_every_family(family, tmp_path):
+    attention = "eager" if family == "gemma2" else "sdpa"
+    model_of(family, attention=attention).save_pretrained(tmp_path)
+    teacher = TeacherConfig(source=str(tmp_path), attention=attention)
+    candidates = {"mamba2": {"mixer": "mamba2", "init": "random", "d_state": 4, "chunk_size": 4}}
+    config = StudyConfig(
+        name="any",
+        teacher=teacher,
+        data=DataConfig(source=["any"], block_size=16),
+        space=SpaceConfig(candidates=candidates),
+        budget=BudgetConfig(attention_layers=1),
+    )
+    recipe = LogitsConfig(tokens=16, batch_size=1)
+    # Planned, and of a teacher that is there.
+    planned = count_student_memory(config, recipe)
+    assert planned["what the backward pass needs"] > 0
+    loaded = Teacher(model_of(family, attention=attention))
+    here = count_student_memory(config, recipe, teacher=loaded)
+    assert here.keys() == planned.keys()
+    # In float32, where a plan is for a GPU.
+    assert here["teacher's weights"] == 2 * planned["teacher's weights"]
 
 
 def test_facts_about_the_teacher():

@@ -28,6 +28,7 @@ from mohawk_nas.reporting.text import (
     COST_NOTES,
     OBJECTIVE_NOTES,
     audit_verdict,
+    flips,
     mean_of_all,
     regret_total,
 )
@@ -226,13 +227,14 @@ def show_audit(report: AuditReport, *, files: Sequence[Path]) -> None:
     trusts = report.trusts
     row("Spearman [95 %]", (t.spearman for t in trusts))
     row("Kendall [95 %]", (t.kendall for t in trusts))
+    row("pairs of layouts in another order", (t.kendall and flips(t.kendall) for t in trusts))
     row("Spearman in the best quarter", (t.best_quarter for t in trusts))
     row("a perfect score's Spearman", (share(t.ceiling) for t in trusts))
     row("reliability (ICC) of one distillation", (share(t.reliability) for t in trusts))
     if 0 < report.repeated < report.layouts:
         row("  by layouts with several seeds", (report.repeated for _ in trusts))
-    row("R² of single layers", (share(t.fit.additive) for t in trusts))
-    row("R² with pairs of layers", (share(t.fit.pairwise) for t in trusts))
+    row("R² of single layers", (t.fit and share(t.fit.additive) for t in trusts))
+    row("R² with pairs of layers", (t.fit and share(t.fit.pairwise) for t in trusts))
     regrets = [t.regret for t in trusts]
     row("regret [95 %]", (r and regret_total(r) for r in regrets))
     row("  of the objective", (r and f"{r.objective:.1%}" for r in regrets))

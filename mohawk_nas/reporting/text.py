@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mohawk_nas.layout import Layout
 from mohawk_nas.search.result import Comparison, Placement, StudyResult
+from mohawk_nas.search.statistics import Interval
 
 if TYPE_CHECKING:
     from mohawk_nas.audit import AuditReport, Trust
@@ -202,6 +203,8 @@ def trust_lines(trust: Trust, report: AuditReport) -> list[str]:
         report: Which this belongs to.
     """
     tau = trust.kendall
+    if trust.spearman is None or tau is None:
+        return [f"All layouts have the same distilled {trust.figure}, so nothing foretells it."]
     pairs = " to ".join(f"{(1 + end) / 2:.0%}" for end in (tau.low, tau.high))
     lines = [
         f"Spearman's correlation {trust.spearman}: of two layouts, the one with the better score "
@@ -232,6 +235,11 @@ def trust_lines(trust: Trust, report: AuditReport) -> list[str]:
             f"{trust.regret.strategy:.1%} the search's, by how the study's best differs from that."
         )
     return lines
+
+
+def flips(tau: Interval) -> str:
+    """Pairs of layouts that change their order when they are distilled, by Kendall's tau."""
+    return f"{(1 - tau.value) / 2:.0%} [{(1 - tau.high) / 2:.0%}, {(1 - tau.low) / 2:.0%}]"
 
 
 def mean_of_all(report: AuditReport) -> str:
