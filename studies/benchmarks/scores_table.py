@@ -10,6 +10,7 @@ are then there; a table of a part of the space only records what came out:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -31,7 +32,11 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of the run")
     run = parser.parse_args().run
     best = load_best(run)
-    config = best.study
+    # Recall is left out where the teacher solves no probe, whatever the study says.
+    scored = yaml.safe_load((run / "best.yaml").read_text())["scores"]["objectives"]
+    weights = {name: best.study.search.objective[name] for name in scored}
+    allowed = dataclasses.replace(best.study.search, objective=weights)
+    config = dataclasses.replace(best.study, search=allowed)
     space = load_space(config.space, num_layers=len(best.layout))
     budget = Budget(attention_layers=config.budget.attention_layers)
     result = load_result(config, space, budget, run_dir=run)

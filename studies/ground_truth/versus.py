@@ -14,7 +14,7 @@ layouts as the search has scored, drawn at random. Which it was stands in the ro
 
 All are measured on the test split, which nothing has seen: KL, cross-entropy, recall. Differences
 to the searched layout are paired over blocks of text, or sequences of the recall probe, and
-bootstrapped over these and the seeds; intervals are widened for the number of comparisons
+bootstrapped over these and the seeds; intervals are widened for the number of rows and figures
 (Bonferroni), so that all of them hold together with 95 %.
 
 The rows are written to `versus.jsonl` in the run's folder, and the same command goes on where it
@@ -124,7 +124,8 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
 
     base = figures(searched, tokens)
     lines = [entry("searched", searched, tokens, base, None)]
-    several = len([pair for pair in wanted if pair[0] != searched])
+    # Each of its figures is a comparison.
+    several = len([pair for pair in wanted if pair[0] != searched]) * len(base.values)
     for name, layout in rivals.items():
         if layout == searched:
             lines.append(entry(f"{name} = searched", searched, tokens, base, None))
