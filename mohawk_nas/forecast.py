@@ -25,7 +25,7 @@ from mohawk_nas.config import (
     TeacherConfig,
 )
 from mohawk_nas.distill.logits import trainable_parameters
-from mohawk_nas.distill.parallel import bytes_of_parts
+from mohawk_nas.distill.parallel import BYTES_A_PARAMETER, bytes_of_parts
 from mohawk_nas.distill.trainer import num_steps
 from mohawk_nas.errors import ConfigError
 from mohawk_nas.layout import Layout
@@ -123,6 +123,9 @@ def count_student_memory(
         config: The study.
         recipe: Stage 3 of a rung or an audit, whatever its tokens.
         teacher: Where it is loaded; None takes its ``config.json``, and bfloat16 for "auto".
+
+    Returns:
+        A guess where the student cannot be run on the meta device.
     """
     dtype = _dtype(config.teacher) if teacher is None else teacher.model.dtype
     blank = load_teacher(config.teacher, meta=True) if teacher is None else _blank(teacher)
@@ -133,15 +136,25 @@ def count_student_memory(
     # Whatever teaches the full distillation, the study's teacher does here.
     logits = dataclasses.replace(recipe, tokens=1)
     alone = DistillConfig(logits=logits, hidden=StageConfig(tokens=0))
-    forecast = _forecast(
-        dataclasses.replace(config, distill=alone),
-        budget.random(space, random.Random(config.seed)),
-        blank,
-        dtype=dtype,
-        gpus=1,
-        peak=1.0,
-        utilisation=1.0,
-    )
+    try:
+        forecast = _forecast(
+            dataclasses.replace(config, distill=alone),
+            budget.random(space, random.Random(config.seed)),
+            blank,
+            dtype=dtype,
+            gpus=1,
+            peak=1.0,
+            utilisation=1.0,
+        )
+    except Exception:
+        # Somebody's mixer, or a new model, may not run without values; that is no reason not to
+        # train it.
+        params = _count(blank.model.parameters())
+        return {
+            "teacher's weights": params * dtype.itemsize,
+            "student: weights, masters, gradients, moments": BYTES_A_PARAMETER * params,
+            "what the backward pass needs, guessed": BYTES_A_PARAMETER * params,
+        }
     return forecast.stages["3 (logits)"].memory
 
 

@@ -21,7 +21,6 @@ from mohawk_nas import recall
 from mohawk_nas.bank import Bank
 from mohawk_nas.config import LogitsConfig, StudyConfig, short_recipe
 from mohawk_nas.data import BlockOrder, TokenBlocks, load_blocks
-from mohawk_nas.distill.parallel import BYTES_A_PARAMETER
 from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.distill.trainer import num_steps
 from mohawk_nas.errors import ConfigError, TeacherError
@@ -331,14 +330,8 @@ class Workbench:
 
     def students_at_once(self, recipe: LogitsConfig) -> int:
         """How many students the device has room for side by side, by a recipe of stage 3."""
-        try:
-            memory = count_student_memory(self.config, recipe, teacher=self.teacher)
-        except Exception:
-            # A model that cannot be run without values. Half again for what a step keeps is a
-            # guess, and better than not to distil it.
-            params = sum(p.numel() for p in self.teacher.model.parameters())
-            memory = {"student": 2 * BYTES_A_PARAMETER * params}
-        memory.pop("teacher's weights", None)
+        memory = count_student_memory(self.config, recipe, teacher=self.teacher)
+        del memory["teacher's weights"]
         return students_at_once(self.teacher.device, sum(memory.values()))
 
     def distiller(self, scorer: BankScorer) -> Distiller:

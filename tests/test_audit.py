@@ -50,7 +50,7 @@ def study(tmp_path_factory):
     return config
 
 
-def means_of(rows, layout):
+def blocks_of(rows, layout):
     return [row["kl_blocks"] for row in rows if tuple(row["layout"]) == layout]
 
 
@@ -89,7 +89,7 @@ def test_an_audit_goes_on_and_reports(study, tmp_path):
     assert said["best"] == list(best) and said["trusts"][0]["spearman"]["low"] > 0.5
     kept = {tuple(one["layout"]): one for one in said["distilled"]}
     assert len(kept) == 20 and kept[best]["kl"] == pytest.approx(
-        [np.mean(x) for x in means_of(rows, best)]
+        [np.mean(x) for x in blocks_of(rows, best)]
     )
     # Nothing is distilled twice, and another recipe is another audit.
     again, _ = audit(study, hours=1, tokens=256)

@@ -352,6 +352,12 @@ def study(bench, run, tmp_path):
     return str(path)
 
 
+def test_the_command_that_is_kept_says_nothing_of_where_things_lie(script, monkeypatch):
+    said = ["/here/full.py", "study.yaml", "teacher.source=/here/x.gguf", "a=[b]", "--out", "/o"]
+    monkeypatch.setattr(sys, "argv", said)
+    assert script.command() == "python full.py study.yaml teacher.source=x.gguf a=[b] --out o"
+
+
 def test_layouts_are_distilled_in_full_and_evaluated(
     script, study, bench, run, data, tmp_path, capsys, monkeypatch
 ):

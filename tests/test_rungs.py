@@ -532,6 +532,15 @@ def test_as_many_students_are_distilled_at_once_as_there_is_room_for(folder, mon
 
     assert [with_room_for(n) for n in (0.5, 1, 1.9, 2, 3, 9)] == [1, 1, 1, 2, 3, 4]
     assert with_room_for(3, batch_size=4 * recipe.batch_size) == 1, "more of each step is kept"
+
+    def reads_values(*_):
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    with monkeypatch.context() as patch:
+        # Somebody's mixer may; it is distilled all the same, and planned.
+        patch.setattr("mohawk_nas.forecast._saved_by_student", reads_values)
+        guess = count_student_memory(config, recipe)
+        assert "what the backward pass needs, guessed" in guess and with_room_for(1e6) == 4
     monkeypatch.setenv(GPU_SHARERS, "2")
     assert [with_room_for(n) for n in (2, 4, 9)] == [1, 2, 4], "the other takes its half"
     # And who plans is told.

@@ -78,9 +78,7 @@ def show_placement(layout: Layout, score: Score, placement: Placement, result: S
         _say(f"It is off the budget ({excess}): the rank compares unequal things.")
 
 
-def show_plan(
-    config: StudyConfig, plan: Plan, *, rung_memory: Mapping[str, int] | None = None
-) -> None:
+def show_plan(config: StudyConfig, plan: Plan, *, rung_memory: Mapping[str, int]) -> None:
     """What a search would do; ``rung_memory`` is what one student of a rung holds, part by part."""
     table = _table(f"Plan of {config.name}: nothing has been run")
     table.add_column("what", no_wrap=True)

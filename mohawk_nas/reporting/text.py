@@ -214,7 +214,10 @@ def trust_lines(trust: Trust, report: AuditReport) -> list[str]:
     if trust.best_quarter is not None:
         lines.append(f"Within the quarter that distils best: {trust.best_quarter}.")
     if trust.reliability is None or trust.ceiling is None:
-        lines.append("With one seed nothing says how much of this is chance; give more --seeds.")
+        lines.append(
+            "With one seed, or several of a few layouts, nothing says how much of this is chance; "
+            "give more --seeds."
+        )
     else:
         some = report.repeated < report.layouts
         by = f" (by {report.repeated} layouts with several seeds)" if some else ""

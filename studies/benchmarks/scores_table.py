@@ -33,8 +33,8 @@ def main() -> None:
     run = parser.parse_args().run
     best = load_best(run)
     # Recall is left out where the teacher solves no probe, whatever the study says.
-    scored = yaml.safe_load((run / "best.yaml").read_text())["scores"]["objectives"]
-    weights = {name: best.study.search.objective[name] for name in scored}
+    written = yaml.safe_load((run / "best.yaml").read_text(encoding="utf-8"))
+    weights = {name: best.study.search.objective[name] for name in written["scores"]["objectives"]}
     allowed = dataclasses.replace(best.study.search, objective=weights)
     config = dataclasses.replace(best.study, search=allowed)
     space = load_space(config.space, num_layers=len(best.layout))
@@ -57,7 +57,7 @@ def main() -> None:
         "made_by": shlex.join([Path(sys.argv[0]).name, run.name]),
         "searched_with": {
             key: value
-            for key, value in yaml.safe_load((run / "best.yaml").read_text())["provenance"].items()
+            for key, value in written["provenance"].items()
             # The command holds paths of the machine it ran on.
             if key != "command"
         },
