@@ -368,6 +368,12 @@ class LogitsConfig(StageConfig):
     """Batches whose gradients are added before the weights move."""
     validate_steps: int = 50
     """Optimizer steps between two looks at the validation split."""
+    patience: int = field(default=0, metadata=_IF_CHANGED)
+    """Looks at the validation split in a row, at a constant rate, that may fail to lower its KL by
+    ``min_gain``; then the rate falls at once, over a share of ``decay`` of the steps that the run
+    then has, and the run ends early. 0 spends all ``tokens``."""
+    min_gain: float = field(default=0.01, metadata=_IF_CHANGED)
+    """Share by which the validation KL must fall below where it last did so, with ``patience``."""
     checkpoint_steps: int = 50
     """Optimizer steps between two checkpoints."""
     max_bad_steps: int = field(default=10, metadata=_SPEED_ONLY)
@@ -633,6 +639,8 @@ def short_recipe(study: StudyConfig, tokens: int) -> LogitsConfig:
     return dataclasses.replace(
         full,
         tokens=tokens,
+        # Nobody looks at the validation split on the way.
+        patience=0,
         batch_size=first(rungs.batch_size, full.batch_size),
         accumulate=first(rungs.accumulate, full.accumulate),
         lr=first(rungs.lr, full.lr),
@@ -1052,6 +1060,19 @@ def _check(study: StudyConfig) -> list[str]:
         ("checkpoint_steps", logits.checkpoint_steps),
     ):
         need(count >= 1, f"distill.logits.{name}: must be at least 1, but got {count}")
+    need(
+        logits.patience >= 0,
+        f"distill.logits.patience: must be at least 0, but got {logits.patience}",
+    )
+    need(
+        logits.patience == 0 or logits.schedule == "wsd",
+        "distill.logits.patience: waits while the rate is constant, so it needs "
+        f"distill.logits.schedule: wsd, but got {logits.schedule}",
+    )
+    need(
+        0 <= logits.min_gain < 1,
+        f"distill.logits.min_gain: must be at least 0 and below 1, but got {logits.min_gain}",
+    )
     need(
         logits.max_bad_steps >= 0,
         f"distill.logits.max_bad_steps: must be at least 0, but got {logits.max_bad_steps}",

@@ -279,6 +279,11 @@ STAGES = ["bank.matrix", "bank.hidden", "distill.matrix", "distill.hidden", "dis
             "distill.logits.checkpoint_steps=0",
             "distill.logits.checkpoint_steps: must be at least 1, but got 0",
         ),
+        ("distill.logits.patience=-1", "distill.logits.patience: must be at least 0, but got -1"),
+        (
+            "distill.logits.min_gain=1",
+            "distill.logits.min_gain: must be at least 0 and below 1, but got 1.0",
+        ),
         *(
             (override.format(stage), problem.format(stage))
             for stage in STAGES
@@ -325,6 +330,14 @@ STAGES = ["bank.matrix", "bank.hidden", "distill.matrix", "distill.hidden", "dis
 )
 def test_values_that_are_impossible(overrides, problem):
     assert problems(overrides) == [problem]
+
+
+def test_patience_needs_a_rate_that_is_constant():
+    given = ["distill.logits.patience=2", "distill.logits.schedule=cosine"]
+    assert problems(*given) == [
+        "distill.logits.patience: waits while the rate is constant, so it needs "
+        "distill.logits.schedule: wsd, but got cosine"
+    ]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -14,7 +14,7 @@ from mohawk_nas.distill.optimizer import ClippedAdamW, learning_rate
 from mohawk_nas.errors import TrainingError
 from mohawk_nas.files import load_tensors
 from mohawk_nas.layout import Layout
-from mohawk_nas.reporting import SILENT
+from mohawk_nas.reporting import SILENT, Silent
 from mohawk_nas.student import assemble
 from mohawk_nas.teacher import Teacher
 from mohawk_nas.workbench import Workbench
@@ -46,8 +46,7 @@ def run(bench, folder, config=CONFIG, student=None, **options):
         config=config,
         folder=folder,
         seed=0,
-        reporter=SILENT,
-        **options,
+        **{"reporter": SILENT, **options},
     )
     return student, result
 
@@ -165,11 +164,59 @@ def test_a_worse_start_is_replaced_by_the_undistilled_student(bench, tmp_path):
     )
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
-def test_a_killed_run_ends_bitwise_as_an_unbroken_one(bench, tmp_path, monkeypatch, stop_after):
+# Of 40 steps the first four warm up. The looks after 9 and 12 never gain as much as is asked, so
+# that the second of them ends the run after 15, the last three at falling rates.
+PATIENT = dataclasses.replace(CONFIG, tokens=2560, warmup=0.1, patience=2, min_gain=0.9)
+
+
+def test_where_validation_stops_improving_the_rate_falls_and_the_run_ends(bench, tmp_path):
+    said, totals = [], []
+
+    class Listening(Silent):
+        def say(self, text):
+            said.append(text)
+
+        def expect(self, total):
+            totals.append(total)
+
+    _, result = run(bench, tmp_path / "early", PATIENT, reporter=Listening())
+    log = log_of(tmp_path / "early")
+    assert [entry["step"] for entry in log] == list(range(1, 16)) and totals == [15]
+    assert result.tokens == 15 * 64
+    expected = [learning_rate(PATIENT, step, 40) for step in range(4)] + [PATIENT.lr] * 8
+    expected += [learning_rate(PATIENT, step, 15) for step in range(12, 15)]
+    assert [entry["lr"] for entry in log] == expected and expected[-1] < expected[-3] < PATIENT.lr
+    assert [e["step"] for e in log if "validation_kl" in e] == [3, 6, 9, 12, 15]
+    assert said == [
+        "stage 3: validation KL has not fallen by 90.0% in 2 looks, so the rate falls from step 12 "
+        "on and the run ends after 15 of 40"
+    ]
+    # Without a decay there is nothing left to do.
+    none = dataclasses.replace(PATIENT, decay=0.0)
+    _, result = run(bench, tmp_path / "no decay", none)
+    assert result.tokens == 12 * 64
+    assert run(bench, tmp_path / "no decay", none)[1] == result
+
+
+def test_a_run_that_goes_on_improving_is_as_long_as_it_was(bench, tmp_path):
+    _, expected = run(bench, tmp_path / "plain")
+    _, found = run(bench, tmp_path / "patient", dataclasses.replace(CONFIG, patience=1, min_gain=0))
+    kl = [e["validation_kl"] for e in log_of(tmp_path / "plain") if "validation_kl" in e]
+    assert kl == sorted(kl, reverse=True)
+    assert found == expected
+    assert log_of(tmp_path / "patient") == log_of(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("config", "stop_after"),
+    [(CONFIG, 1), (CONFIG, 3), (CONFIG, 4), (CONFIG, 7), (PATIENT, 10), (PATIENT, 13)],
+)
+def test_a_killed_run_ends_bitwise_as_an_unbroken_one(
+    bench, tmp_path, monkeypatch, config, stop_after
+):
     import mohawk_nas.distill.logits as module
 
-    whole, expected = run(bench, tmp_path / "whole")
+    whole, expected = run(bench, tmp_path / "whole", config)
     real, calls = module.LogitsTrainer.step, 0
 
     def dying(*args):
@@ -181,9 +228,9 @@ def test_a_killed_run_ends_bitwise_as_an_unbroken_one(bench, tmp_path, monkeypat
 
     monkeypatch.setattr(module.LogitsTrainer, "step", dying)
     with pytest.raises(KeyboardInterrupt):
-        run(bench, tmp_path / "broken")
+        run(bench, tmp_path / "broken", config)
     monkeypatch.setattr(module.LogitsTrainer, "step", real)
-    again, found = run(bench, tmp_path / "broken")
+    again, found = run(bench, tmp_path / "broken", config)
     assert found == expected
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name

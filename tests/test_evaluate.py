@@ -9,7 +9,6 @@ import re
 import statistics
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -385,7 +384,7 @@ def test_layouts_are_distilled_in_full_and_evaluated(
         figures = evaluate_blocks(bench.teacher, model, bench.blocks["test"])
         assert student["text"][0]["value"] == pytest.approx(figures.mean_kl, rel=1e-5)
         assert student["text"][0]["value"] != undistilled["text"][0]["value"]
-        assert row["tokens"] == 640 == row["budgets"][0]["tokens"]
+        assert row["tokens"] == 640 and row["validation_kl"] < row["validation_kl_before"]
         assert row["made_with"]["versions"]["torch"] and row["made_with"]["cpu"]
         cell = f"{student['text'][0]['value']:.4f} ± {student['text'][0]['standard_error']:.4f}"
         (line,) = [
@@ -416,34 +415,6 @@ def test_layouts_are_distilled_in_full_and_evaluated(
     assert script.main([*options, "--part", "1/1"]) == 0
     with pytest.raises(AssertionError, match="distilled again"):
         script.main([*options, "--tokens", "704"])
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ([], [640]),
-        # Twice the tokens gain 20 %, then 5 %.
-        (["--until", "10"], [640, 1280, 2560]),
-        (["--until", "1", "--most", "2000"], [640, 1280]),
-    ],
-)
-def test_budgets_rise_until_they_gain_too_little(
-    options, expected, script, study, bench, run, monkeypatch
-):
-    losses = {640: 0.5, 1280: 0.4, 2560: 0.38}
-    asked = []
-
-    def distilled(best, **kwargs):
-        tokens = best.study.distill.logits.tokens
-        asked.append((best.layout.attention_layers, tokens))
-        before, after = (SimpleNamespace(mean_kl=kl) for kl in (1.0, losses[tokens]))
-        return SimpleNamespace(before=before, after=after, tokens=tokens, best_step=1), None
-
-    monkeypatch.setattr(script.pipeline, "distill", distilled)
-    (job,) = script.named(bench, ["1,2,3"])
-    budgets = script.distil(bench.config, job, script.parse([study, *options]))
-    assert asked == [((1, 2, 3), tokens) for tokens in expected]
-    assert [row["validation_kl"] for row in budgets] == [losses[tokens] for tokens in expected]
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,25 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch):
     assert out.getvalue().splitlines()[-1] == "done [all of it]"
 
 
+def test_another_amount_may_turn_out_to_be_all(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    show, out = reporter(terminal=False)
+    with show.stage("stage 3 (logits)", 100, "step") as task:
+        for _ in range(20):
+            now[0] += 1.0
+            task.advance()
+            task.expect(20)
+    first, last = out.getvalue().splitlines()
+    assert first == "stage 3 (logits): 15/20 steps · 5 s left"
+    assert last == "stage 3 (logits): 20/20 steps · took 20 s"
+    show, out = reporter(terminal=True)
+    with show.stage("stage 3 (logits)", 100, "step") as task:
+        task.advance(20)
+        task.expect(20)
+    assert "20/20 steps" in out.getvalue().rpartition("stage 3")[2]
+
+
 def test_a_stage_without_work_says_nothing():
     show, out = reporter(terminal=False)
     with show.stage("search", 10, "layout", done=10):
@@ -291,6 +310,7 @@ def test_an_error_ends_the_bars():
 def test_silence_has_the_same_interface():
     with SILENT.stage("search", 3, "layout", done=1) as task:
         task.advance(1, tokens=3, loss=0.1)
+        task.expect(1)
     SILENT.say("nothing")
 
 

@@ -277,3 +277,6 @@ class _Watched:
     def advance(self, amount: float = 1, *, tokens: int = 0, **figures: float | str) -> None:
         self._task.advance(amount, tokens=tokens, **figures)
         self._clock.tick()
+
+    def expect(self, total: float) -> None:
+        self._task.expect(total)

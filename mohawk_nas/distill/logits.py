@@ -6,6 +6,7 @@ checkpoint (see :mod:`mohawk_nas.distill.checkpoints`), where to go on, and ``lo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -46,15 +47,32 @@ class LogitsResult:
     best_step: int
     """Optimizer step of the best weights; 0 if none was better than the undistilled student."""
     tokens: int
-    """Tokens trained on."""
+    """Tokens trained on; fewer than configured if validation stopped improving."""
 
 
 @dataclass
 class _Progress:
+    steps: int
+    """Where the run ends."""
     step: int = 0
     best_step: int = 0
     best_kl: float = math.inf
     bad_steps: int = 0
+    lowered_to: float = math.inf
+    """Validation KL when it last fell by ``min_gain`` at the full rate, and looks since then."""
+    looks_since: int = 0
+
+    def improves(self, kl: float, config: LogitsConfig) -> bool:
+        """Whether to go on at the full rate after this look at the validation split."""
+        if kl < self.lowered_to * (1 - config.min_gain):
+            self.lowered_to, self.looks_since = kl, 0
+        else:
+            self.looks_since += 1
+        return self.looks_since < config.patience
+
+    def end_early(self, config: LogitsConfig) -> None:
+        """Let the schedule be one whose rate falls from here on."""
+        self.steps = min(self.steps, round(self.step / (1 - config.decay)))
 
 
 def distill_logits(
@@ -153,7 +171,7 @@ def _distill(
             trainer.load(0, dict(undistilled.named_parameters()))
             start = before
 
-    progress = _Progress(best_kl=start.mean_kl)
+    progress = _Progress(steps=steps, best_kl=start.mean_kl)
     if (checkpoint := checkpoints.newest()) is not None:
         if not best.is_file():
             raise DamagedFile(f"{best}: must hold the best weights so far, but is not there")
@@ -161,8 +179,8 @@ def _distill(
         load_tensors(best)
         kept = checkpoints.restore(checkpoint, trainer)
         text.load_state_dict(kept.pop("text"))
-        progress = _Progress(**kept)
-        reporter.say(f"continuing after step {progress.step} of {steps}")
+        progress = dataclasses.replace(progress, **kept)
+        reporter.say(f"continuing after step {progress.step} of {progress.steps}")
     else:
         keep()
 
@@ -170,15 +188,17 @@ def _distill(
     with (
         _log_after(folder / "log.jsonl", progress.step) as log,
         board.after(progress.step) if board is not None else nullcontext(),
-        reporter.stage("stage 3 (logits)", total=steps, unit="step", done=progress.step) as task,
+        reporter.stage(
+            "stage 3 (logits)", total=progress.steps, unit="step", done=progress.step
+        ) as task,
         stop_request() as request,
     ):
         looked, rates = time.perf_counter(), []
-        while progress.step < steps:
-            rates.append(learning_rate(config, progress.step, steps))
+        while progress.step < progress.steps:
+            rates.append(learning_rate(config, progress.step, progress.steps))
             trainer.step([text.next() for _ in range(config.accumulate)], rates[-1])
             progress.step += 1
-            last = progress.step == steps
+            last = progress.step == progress.steps
             validates = last or progress.step % config.validate_steps == 0
             saves = last or progress.step % config.checkpoint_steps == 0
             # Each rank has a clock of its own, and a signal may come to one alone.
@@ -188,6 +208,7 @@ def _distill(
                 task.advance(1, tokens=size)
                 continue
             entries = _read(trainer, progress, rates)
+            at_full_rate = rates[-1] == config.lr
             looked, rates = time.perf_counter(), []
             task.advance(1, tokens=size, loss=entries[-1]["loss"])
             if validates:
@@ -196,6 +217,16 @@ def _distill(
                 if now.mean_kl < progress.best_kl:
                     progress.best_kl, progress.best_step = now.mean_kl, progress.step
                     keep()
+                if config.patience and at_full_rate and not progress.improves(now.mean_kl, config):
+                    progress.end_early(config)
+                    last = progress.step == progress.steps
+                    saves = saves or last
+                    task.expect(progress.steps)
+                    reporter.say(
+                        f"stage 3: validation KL has not fallen by {config.min_gain:.1%} in "
+                        f"{config.patience} looks, so the rate falls from step {progress.step} on "
+                        f"and the run ends after {progress.steps} of {steps}"
+                    )
             if log is not None:
                 log.write("".join(json.dumps(entry) + "\n" for entry in entries))
                 log.flush()
@@ -208,8 +239,8 @@ def _distill(
                 name = request.signal.name if request.signal else "a signal to another process"
                 raise told_once(
                     Stopped(
-                        f"stage 3: stopped by {name} after step {progress.step} of {steps}, which "
-                        "is saved; the same command goes on from here"
+                        f"stage 3: stopped by {name} after step {progress.step} of "
+                        f"{progress.steps}, which is saved; the same command goes on from here"
                     )
                 )
 

@@ -21,6 +21,9 @@ class Task(Protocol):
             **figures: What to show beside the progress, by name; a figure stays until it changes.
         """
 
+    def expect(self, total: float) -> None:
+        """There turns out to be another amount to do in all, counted as the stage's ``total``."""
+
 
 class Reporter(Protocol):
     """Told what happens while it happens."""
@@ -51,6 +54,9 @@ class Silent:
         yield self
 
     def advance(self, amount: float = 1, *, tokens: int = 0, **figures: float | str) -> None:
+        """Part of the task this reporter hands out."""
+
+    def expect(self, total: float) -> None:
         """Part of the task this reporter hands out."""
 
     def say(self, text: str) -> None:

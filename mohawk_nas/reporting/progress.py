@@ -68,7 +68,7 @@ class _Figures:
     """What a stage has done, and how fast."""
 
     def __init__(self, total: float | None, unit: str, done: float) -> None:
-        self._total, self._unit = total, unit
+        self.total, self._unit = total, unit
         self.done, self._done_before = done, done
         self._tokens = 0
         self._shown: dict[str, float | str] = {}
@@ -90,14 +90,14 @@ class _Figures:
 
     def text(self) -> str:
         """How much, how fast, how much longer, then the figures."""
-        of_total = "" if self._total is None else f"/{self._total:,.0f}"
-        plural = "" if (self._total or self.done) == 1 else "s"
+        of_total = "" if self.total is None else f"/{self.total:,.0f}"
+        plural = "" if (self.total or self.done) == 1 else "s"
         parts = [f"{self.done:,.0f}{of_total} {self._unit}{plural}"]
         if self._tokens:
             parts.append(f"{self._tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
-        if self._total is not None and not self.idle and self.done < self._total:
+        if self.total is not None and not self.idle and self.done < self.total:
             rate = (self.done - self._done_before) / max(self.seconds, 1e-9)
-            parts.append(f"{_duration((self._total - self.done) / rate)} left")
+            parts.append(f"{_duration((self.total - self.done) / rate)} left")
         for name, value in self._shown.items():
             shown = value if isinstance(value, str) else f"{value:.4g}"
             parts.append(f"{name.replace('_', ' ')} {shown}")
@@ -112,6 +112,10 @@ class _Bar:
         self._figures.add(amount, tokens, figures)
         self._progress.update(self._bar, advance=amount, figures=self._figures.text())
 
+    def expect(self, total: float) -> None:
+        self._figures.total = total
+        self._progress.update(self._bar, total=total, figures=self._figures.text())
+
 
 class _Lines:
     def __init__(self, console: Console, name: str, figures: _Figures) -> None:
@@ -123,6 +127,9 @@ class _Lines:
         if time.monotonic() - self._last >= LINE_EVERY:
             self._last = time.monotonic()
             self._print("")
+
+    def expect(self, total: float) -> None:
+        self._figures.total = total
 
     def finish(self) -> None:
         if not self._figures.idle:

@@ -11,9 +11,8 @@ distill` and `evaluate` do it: KL to the teacher and perplexity on the test spli
 and recall over length (`--recall-lengths`), beside the teacher. The same command goes on where it
 was stopped.
 
-With `--until 2` a layout is distilled with `--tokens`, then with twice as many, and so on, each
-time from the bank, until the validation KL falls by less than 2 % or `--most` tokens are reached.
-So each is measured after a whole schedule, decay and all; the best by validation KL is evaluated.
+With `distill.logits.patience=3` each is distilled until validation stops improving, and `--tokens`
+is the most that may take.
 
 `--part 1/3` takes the first of every three layouts, for several GPUs; the study must then have
 been searched. Whoever ends last finds all layouts there. The table is printed as Markdown; all of
@@ -80,8 +79,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("overrides", nargs="*", help="changes to the study, e.g. distill.logits.lr=3e-4")
     add("--layouts", nargs="+", default=["searched,uniform,none"], help="e.g. searched none 4,10")
     add("--tokens", type=number, help="of stage 3 a layout, e.g. 50M; distill.logits.tokens")
-    add("--until", type=float, help="per cent of validation KL that twice the tokens must gain")
-    add("--most", type=number, default=1_000_000_000, help="tokens, with --until; 1000M")
     add("--tasks", type=words, default=[], help="of lm-eval, e.g. lambada_openai,piqa")
     add("--task-data", type=Path, help="folder with their rows; else the hub")
     add("--limit", type=int, help="items of each task; all")
@@ -146,8 +143,6 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
     jobs = list(named(bench, args.layouts))
     wanted = {
         "distill": plain(config.distill),
-        "until": args.until,
-        "most": args.most if args.until is not None else None,
         "tasks": args.tasks,
         "limit": args.limit,
         "recall_lengths": args.recall_lengths,
@@ -155,13 +150,13 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
     mine = [job for job in jobs[args.part[0] :: args.part[1]] if not finished(job, wanted)]
     # The distillations load what they need by themselves.
     bench.release()
-    found = [(job, distil(config, job, args)) for job in mine]
+    found = [(job, distil(config, job)) for job in mine]
     if mine:
         lengths = [int(length) for length in args.recall_lengths]
         examination = Examination(bench=bench, lengths=lengths, tasks=tasks)
         teacher = examination.of(bench.teacher.model, "teacher")
-        for job, budgets in found:
-            row = {"wanted": wanted, **examine(examination, teacher, job, budgets)}
+        for job, outcome in found:
+            row = {"wanted": wanted, **outcome, **examine(examination, config, teacher, job)}
             write_json(job.row, row)
     report(jobs, wanted, config, args.out)
 
@@ -204,39 +199,29 @@ def no_attention(bench: Workbench) -> Layout:
     return bench.space.fill(free)
 
 
-def distil(config: StudyConfig, job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Distil one layout with the budget, or with rising ones; returns what each came to."""
-    tokens, budgets = config.distill.logits.tokens, []
-    while True:
-        folder = job.folder / str(tokens)
-        write_best(config, job, folder, tokens)
-        result, _ = pipeline.distill(pipeline.load_best(folder), reporter=screen.reporter())
-        # A GPU's memory is the next one's.
-        gc.collect()
-        budgets.append(
-            {
-                "budget": tokens,
-                "tokens": result.tokens,
-                "best_step": result.best_step,
-                "validation_kl_before": result.before.mean_kl,
-                "validation_kl": result.after.mean_kl,
-            }
-        )
-        if args.until is None or 2 * tokens > args.most:
-            return budgets
-        if len(budgets) > 1:
-            gain = 1 - budgets[-1]["validation_kl"] / budgets[-2]["validation_kl"]
-            if gain < args.until / 100:
-                return budgets
-        tokens *= 2
+def distil(config: StudyConfig, job: Job) -> dict[str, Any]:
+    """Distil one layout; returns what that came to on the validation split."""
+    folder = folder_of(config, job)
+    write_best(config, job, folder)
+    result, _ = pipeline.distill(pipeline.load_best(folder), reporter=screen.reporter())
+    # A GPU's memory is the next one's.
+    gc.collect()
+    return {
+        "tokens": result.tokens,
+        "best_step": result.best_step,
+        "validation_kl_before": result.before.mean_kl,
+        "validation_kl": result.after.mean_kl,
+    }
 
 
-def write_best(config: StudyConfig, job: Job, folder: Path, tokens: int) -> None:
+def folder_of(config: StudyConfig, job: Job) -> Path:
+    return job.folder / str(config.distill.logits.tokens)
+
+
+def write_best(config: StudyConfig, job: Job, folder: Path) -> None:
     """A `best.yaml` that holds this layout instead of the run's best."""
     run = yaml.safe_load((config.run_dir / "best.yaml").read_text(encoding="utf-8"))
-    distill = plain(config.distill)
-    distill["logits"]["tokens"] = tokens
-    study = {**run["study"], "distill": distill}
+    study = {**run["study"], "distill": plain(config.distill)}
     study["teacher"]["device"] = config.teacher.device
     content = {
         "strip": job.strip,
@@ -253,12 +238,11 @@ def write_best(config: StudyConfig, job: Job, folder: Path, tokens: int) -> None
 
 @torch.no_grad()
 def examine(
-    examination: Examination, teacher: Evaluation, job: Job, budgets: Sequence[dict[str, Any]]
+    examination: Examination, config: StudyConfig, teacher: Evaluation, job: Job
 ) -> dict[str, Any]:
-    """Evaluate a layout's best distillation, into its folder; returns what the table needs."""
+    """Evaluate a layout's distillation, into its folder; returns what the table needs."""
     bench = examination.bench
-    best = min(budgets, key=lambda budget: budget["validation_kl"])
-    target = find_target(job.folder / str(best["budget"]))
+    target = find_target(folder_of(config, job))
     assert target.model is not None
     undistilled = examination.of(
         assemble(bench.teacher, job.layout, bench.bank), "undistilled student", further=False
@@ -270,8 +254,6 @@ def examine(
     return {
         "chosen_as": job.chosen_as,
         "attention_layers": list(job.layout.attention_layers),
-        "tokens": best["tokens"],
-        "budgets": list(budgets),
         "asked": content["asked"],
         "models": content["models"],
         "made_with": {
