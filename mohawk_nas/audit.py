@@ -2,10 +2,10 @@
 
 Layouts are taken from the whole range of the score, besides those that matter: the best, what the
 baselines name, what climbed to a rung, and some drawn at random from all on the budget. Each is
-distilled from the bank with one short recipe and measured on the validation split, with more than
-one seed, so that what cannot be foretold is known too. None of these is the rungs' seed: the study
-has chosen by those very students. The rows stand in ``audit/distilled.jsonl``
-of the run; the same command goes on with them.
+distilled from the bank with one short recipe, with more than one seed, so that what cannot be
+foretold is known too. They are measured on the test split, since rungs choose by the validation
+split, and none of the seeds is the rungs': what a study was led by cannot say how right it was. The
+rows stand in ``audit/distilled.jsonl`` of the run; the same command goes on with them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import dataclasses
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,6 @@ __all__ = [
     "choose_layouts",
     "expected_interval",
     "measure_on",
-    "swaps",
 ]
 
 TENTHS = 10
@@ -55,6 +54,8 @@ FEWEST = 12
 """Layouts below which no correlation is told."""
 GUESS = 0.8
 """Correlation for which the interval is foretold."""
+SPLIT: Literal["test"] = "test"
+"""What distilled layouts are measured on."""
 LOOK_EVERY = 1.0
 """Seconds between looks at what workers have done."""
 
@@ -180,7 +181,7 @@ def audit(
         result = bench.result()
         folder = config.run_dir / "audit"
         recipe = short_recipe(config, tokens)
-        _claim(folder, {"logits": recipe_of(recipe)})
+        _claim(folder, {"logits": recipe_of(recipe), "split": SPLIT})
         # Before anyone asks for them at once.
         bench.bank.train(bench.space.replaceable, reporter=reporter)
         bench.training_text(tokens)
@@ -278,14 +279,6 @@ def measure_on(
     return measure
 
 
-def swaps(layout: Layout, free: Sequence[int]) -> Iterator[Layout]:
-    """Layouts that move one attention layer among the free ones."""
-    for kept in sorted(set(layout.attention_layers) & set(free)):
-        for replaced in sorted(set(layout.replaced_layers) & set(free)):
-            moved = layout.with_candidate(kept, layout[replaced])
-            yield moved.with_candidate(replaced, ATTENTION)
-
-
 def expected_interval(layouts: int, correlation: float = GUESS) -> tuple[float, float]:
     """Where 95 % of Spearman's correlations would lie (Bonett and Wright 2000)."""
     error = math.sqrt((1 + correlation**2 / 2) / (layouts - 3))
@@ -303,6 +296,9 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
         changed = [
             key for key in settings["logits"] if kept["logits"][key] != settings["logits"][key]
         ]
+        # Earlier versions measured on the validation split, and said nothing of it.
+        if kept.get("split") != settings["split"]:
+            changed.append("split")
         raise RunError(
             f"{folder}: holds an audit with another {', '.join(changed)}; remove the folder to "
             "begin anew"
@@ -397,7 +393,7 @@ def _distil(
     mine = work.share(result, *share)
     train = bench.training_text(work.tokens)
     recipe = short_recipe(config, work.tokens)
-    measure, at_once = measure_on(bench, "validation"), bench.students_at_once(recipe)
+    measure, at_once = measure_on(bench, SPLIT), bench.students_at_once(recipe)
     told, total = False, len(mine) * len(work.seeds)
     done = sum(len(_done(rows.rows, mine, seed)) for seed in work.seeds)
     with reporter.stage("audit", total=total, unit="distillation", done=done) as task:

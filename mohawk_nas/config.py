@@ -298,7 +298,7 @@ class SearchConfig:
 
     trials: int = 100
     """Distinct layouts to score. A space that is no larger is scored whole."""
-    strategy: Any = "tpe"
+    strategy: Any = "swaps"
     """A strategy's name, or ``{name: NAME, option: value}``; so is each of ``baselines``."""
     objective: dict[str, float] = field(default_factory=lambda: {"kl": 1.0, "recall": 0.05})
     """Objective -> weight. A single name stands for itself alone. By default losing all that the

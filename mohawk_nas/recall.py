@@ -10,7 +10,7 @@ know there they recall next to nothing.
 A probe is made for the teacher at hand: each template in every size that it solves. What it does
 not solve it cannot teach, and its students' answers would be noise. One template in one size tells
 less: students that recall nothing of 128 pairs differ on 16, and one that fails at a notation may
-be at home in the next.
+be at home in the next. The validation split, by which the last choice is made, asks in the most.
 
 Over length the question is another one: how far back does a model still find what it was told? The
 same few pairs, or one fact, then stand at a distance, with prose of the test split in between. Such
@@ -61,7 +61,7 @@ NUM_EXAMPLES = 4
 NUM_QUESTIONS = 12
 """That count; with the examples as many as the smallest size has pairs."""
 
-NUM_SEQUENCES = 64
+NUM_SEQUENCES: Mapping[Split, int] = {"bank": 64, "search": 64, "validation": 192, "test": 64}
 NUM_TRIED = 8
 """Sequences on which is decided whether the teacher solves a size."""
 
@@ -94,10 +94,19 @@ class Template:
 TEMPLATES: Mapping[Split, Sequence[Template]] = {
     "bank": (Template(before="\n", between=" -"), Template(after=",")),
     "search": (Template(before="\n", between=":"), Template()),
-    "validation": (Template(before=" (", between=",", after=")"), Template(after=";")),
+    "validation": (
+        Template(before=" (", between=",", after=")"),
+        Template(after=";"),
+        Template(between=" =>", after="\n"),
+        Template(before=" {", after="}"),
+        Template(between=" <", after=">"),
+        Template(between=" as", after=";"),
+        Template(between=" &", after=";"),
+        Template(after="\n"),
+    ),
     "test": (Template(between=" =", after=","), Template(after=".")),
 }
-"""Of each split: one that reads like text, and one in which a value follows its key at once."""
+"""Of each split: some that read like text, and some in which a value follows its key at once."""
 
 _SHARES: Sequence[Split] = ("search", "validation", "test")
 """Splits that share the words in small letters; the bank's are those with a capital."""
@@ -181,14 +190,14 @@ class LengthProbe(Questions):
 
 
 def make_probe(
-    teacher: Teacher, split: Split, *, num_sequences: int = NUM_SEQUENCES, seed: int = 0
+    teacher: Teacher, split: Split, *, num_sequences: int | None = None, seed: int = 0
 ) -> RecallProbe | None:
     """What the teacher solves of a split: its templates, each in all sizes up to where it fails.
 
     Args:
         teacher: Answers first.
         split: Whose templates and words are taken.
-        num_sequences: S, dealt out evenly.
+        num_sequences: S, dealt out evenly; None takes ``NUM_SEQUENCES``.
         seed: Of the words drawn.
 
     Returns:
@@ -204,6 +213,7 @@ def make_probe(
     ]
     if not solved:
         return None
+    num_sequences = num_sequences or NUM_SEQUENCES[split]
     parts = []
     for number, (template, glue, num_pairs) in enumerate(solved):
         count = len(range(number, num_sequences, len(solved)))

@@ -181,7 +181,7 @@ class Workbench:
         if split not in self._probes:
             # As many questions to each block of a split on which layouts are compared.
             blocks = len(self.blocks[split]) if split in ("search", "validation") else 1
-            sequences = -(-recall.NUM_SEQUENCES // blocks) * blocks
+            sequences = -(-recall.NUM_SEQUENCES[split] // blocks) * blocks
             self._probes[split] = recall.make_probe(self.teacher, split, num_sequences=sequences)
         return self._probes[split]
 

@@ -13,7 +13,7 @@ import pytest
 from tiny_study import make_study, make_teacher, make_text
 from typer.testing import CliRunner
 
-from mohawk_nas.audit import audit, choose_layouts, expected_interval, swaps
+from mohawk_nas.audit import audit, choose_layouts, expected_interval
 from mohawk_nas.cli import app
 from mohawk_nas.config import dump
 from mohawk_nas.errors import InputError, RunError, TrainingError
@@ -24,6 +24,9 @@ from mohawk_nas.reporting.audit_html import render_audit
 from mohawk_nas.reporting.screen import show_audit
 from mohawk_nas.search.statistics import reliability
 from mohawk_nas.workbench import Workbench
+
+TEST_TOKENS = 144
+"""A block more than any other split has, which tells what was measured on."""
 
 
 class Listener(type(SILENT)):
@@ -45,7 +48,9 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("audit")
     make_teacher(folder / "teacher", num_layers=6)
     make_text(folder / "text.jsonl")
-    config = make_study(folder, "budget.attention_layers=3", "search.trials=20")
+    config = make_study(
+        folder, "budget.attention_layers=3", "search.trials=20", f"data.test_tokens={TEST_TOKENS}"
+    )
     assert search(config)[0].exhaustive
     return config
 
@@ -72,6 +77,8 @@ def test_an_audit_goes_on_and_reports(study, tmp_path):
     rows = rows_of(study)
     assert len(rows) == 40 == len({(tuple(row["layout"]), row["seed"]) for row in rows})
     assert {row["seed"] for row in rows} == {1, 2}, "rungs distil with the study's own"
+    # Rungs choose by the validation split.
+    assert {len(row["kl_blocks"]) for row in rows} == {TEST_TOKENS // 16}
     assert (report.layouts, report.seeds, report.tokens) == (20, 2, 256)
     (trust,) = report.trusts
     assert trust.figure == "kl"
@@ -96,6 +103,13 @@ def test_an_audit_goes_on_and_reports(study, tmp_path):
     assert again == report and rows_of(study) == rows
     with pytest.raises(RunError, match="an audit with another tokens"):
         audit(study, hours=1, tokens=512)
+    settings = study.run_dir / "audit" / "settings.json"
+    kept = settings.read_text(encoding="utf-8")
+    # As earlier versions did.
+    settings.write_text(json.dumps({"logits": json.loads(kept)["logits"]}), encoding="utf-8")
+    with pytest.raises(RunError, match="an audit with another split; remove the folder"):
+        audit(study, hours=1, tokens=256)
+    settings.write_text(kept, encoding="utf-8")
     # A third seed of a few layouts does not take the others' two away.
     with (study.run_dir / "audit" / "distilled.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({**row, "seed": 3}) + "\n" for row in rows[:3])
@@ -310,13 +324,6 @@ def test_layouts_come_from_every_tenth_of_the_score():
     assert len(choose_layouts(scored, [], 1000)) == 200
     near = choose_layouts(scored, [], 30, neighbours=layouts[100:120])
     assert sum(why == ["neighbour"] for why in near.values()) == 5
-
-
-def test_neighbours_move_one_attention_layer():
-    layout = Layout.keeping((0, 2), num_layers=4, replacement="mamba2")
-    found = [swap.attention_layers for swap in swaps(layout, range(4))]
-    assert sorted(found) == [(0, 1), (0, 3), (1, 2), (2, 3)]
-    assert sorted(s.attention_layers for s in swaps(layout, range(1, 4))) == [(0, 1), (0, 3)]
 
 
 def test_the_expected_interval_is_that_of_simulations():

@@ -324,6 +324,7 @@ ANY_ORDER = (
     {"name": "tpe", "encoding": "slots"},
     {"name": "tpe", "encoding": "bits"},
     "surrogate",
+    "swaps",
 )
 SELECTORS = (
     "uniform",

@@ -380,7 +380,7 @@ def test_overrides():
 
 
 def test_a_strategy_is_a_name_or_a_mapping():
-    assert study().search.strategy == "tpe"
+    assert study().search.strategy == "swaps"
     slots = {"name": "tpe", "encoding": "slots"}
     assert study("search.strategy={name: tpe}").search.strategy == "tpe"
     assert study("search.strategy={name: tpe, encoding: slots}").search.strategy == slots

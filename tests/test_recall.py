@@ -22,7 +22,7 @@ VOCAB = 1020
 
 
 class Memory(torch.nn.Module):
-    """Answers with what followed the last three tokens before, or as many as came before.
+    """Answers with what followed the last four tokens before, or as many as came before.
 
     Args:
         reach: Tokens it looks back.
@@ -43,7 +43,7 @@ class Memory(torch.nn.Module):
             found = []
             for here in range(len(row)):
                 earlier = range(max(0, here - self.reach), here)
-                for length in (3, 2, 1):
+                for length in (4, 3, 2, 1):
                     last = row[max(0, here + 1 - length) : here + 1]
                     places = [p for p in earlier if row[max(0, p + 1 - length) : p + 1] == last]
                     if places:

@@ -37,6 +37,18 @@ def test_the_packaged_space_is_attention_or_mamba2_in_every_layer():
     assert space.free_layers == tuple(range(24))
 
 
+def test_neighbours_differ_by_a_swap():
+    space = make_space(4, pinned={3: "ssm"})
+    layout = Layout.keeping((0, 2), num_layers=4, replacement="ssm")
+    found = [other.attention_layers for other in space.neighbours(layout)]
+    # Two exchanges, then one more or fewer; the pinned layer stays as it is.
+    assert found == [(1, 2), (0, 1), (2,), (0, 1, 2), (0,)]
+    several = make_space(2, replacements=("a", "b"))
+    found = {other.candidates for other in several.neighbours(several.fill({0: "a", 1: "b"}))}
+    exchanged, changed = {("b", "a")}, {(ATTENTION, "b"), ("b", "b"), ("a", ATTENTION), ("a", "a")}
+    assert found == exchanged | changed
+
+
 def test_every_packaged_space_loads():
     for name in space_names():
         assert load_candidates(SpaceConfig(name=name))

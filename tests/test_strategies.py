@@ -41,6 +41,7 @@ SAMPLERS = (
     {"name": "surrogate", "explore": "none", "design": 3},
     "random",
     "exhaustive",
+    "swaps",
 )
 RANKINGS = (
     "stage2_rank",
@@ -51,7 +52,7 @@ RANKINGS = (
     {"name": "beam", "swaps": 2},
     {"name": "beam", "width": 2, "direction": "remove"},
 )
-SEEDED = [choice for choice in SAMPLERS if choice != "exhaustive"]
+SEEDED = [choice for choice in SAMPLERS if choice not in ("exhaustive", "swaps")]
 
 
 def label(choice):
@@ -415,6 +416,73 @@ def test_samplers_take_scores_that_are_not_finite(name):
     finished = [(layout, float("inf")) for layout, _ in finished]
     proposal = build_strategy(name).propose(context(space, budget, scorer, finished=finished))
     assert proposal is not None and proposal.layout not in dict(finished)
+
+
+def test_swaps_score_the_neighbours_of_the_best_first():
+    _, space, budget = make(6, 2)
+    scorer = SyntheticScorer(6)
+    losses = scorer.stage2_losses()
+
+    def local(layout):
+        loss = sum(losses[layer, layout[layer]] for layer in layout.replaced_layers)
+        return loss, layout.candidates
+
+    layouts, names = search("swaps", space, budget, scorer, num_trials=15)
+    assert len(set(layouts)) == 15 == budget.count(space)
+    assert names == ["swaps:start"] + ["swaps"] * 14
+    # Where layers do not interact the smallest sum is the best, and its eight neighbours follow.
+    best = min(budget.enumerate(space), key=scorer.exact)
+    around = [layout for layout in space.neighbours(best) if budget.meets(layout)]
+    assert layouts[0] == best and len(around) == 8
+    assert layouts[1:9] == sorted(around, key=local)
+    # Then come those of the second best.
+    second = min(layouts[1:9], key=scorer.exact)
+    assert layouts[9] in list(space.neighbours(second))
+
+
+def test_swaps_go_on_around_what_is_better():
+    _, space, budget = make(8, 2)
+    scorer = SyntheticScorer(8)
+    worst = max(budget.enumerate(space), key=scorer.exact)
+    finished = [(worst, scorer.exact(worst))]
+    while True:
+        proposal = build_strategy("swaps").propose(
+            context(space, budget, scorer, finished=finished)
+        )
+        best = min(finished, key=lambda pair: pair[1])[0]
+        if proposal.layout not in list(space.neighbours(best)):
+            break
+        finished.append((proposal.layout, scorer.exact(proposal.layout)))
+    assert best == min(budget.enumerate(space), key=scorer.exact)
+    assert len(finished) < budget.count(space)
+
+
+def test_swaps_of_a_pareto_study_begin_with_the_set():
+    _, space, budget = make(6, 2)
+    scorer = SyntheticScorer(6)
+    one, two, beaten = (space.parse(text) for text in ("0,1", "4,5", "2,3"))
+    finished = [(beaten, 0.0), (one, 2.0), (two, 1.0)]
+    # By value the first would be the best.
+    figures = [(3.0, 3.0), (1.0, 2.0), (2.0, 1.0)]
+    known = replace(context(space, budget, scorer, finished=finished), figures=figures)
+    proposal = build_strategy("swaps").propose(known)
+    assert proposal.layout in list(space.neighbours(two))
+
+
+def test_swaps_jump_where_no_swap_leads():
+    # Two replacements, of which a budget takes one or the other in both layers.
+    class Both(Budget):
+        def meets(self, layout):
+            return layout.candidates in (("a", "a"), ("b", "b"))
+
+    _, space, budget = make(2, 0, replacements=("a", "b"))
+    scorer = SyntheticScorer(2, replacements=("a", "b"))
+    budget = Both(attention_layers=0)
+    first = space.fill({0: "a", 1: "a"})
+    proposal = build_strategy("swaps").propose(
+        context(space, budget, scorer, finished=[(first, 1.0)])
+    )
+    assert proposal.proposed_by == "swaps:fallback" and proposal.layout != first
 
 
 def test_random_unseen_draws_every_layout_with_the_same_chance():

@@ -174,9 +174,9 @@ def test_stage2_local_alone_is_solved_and_not_sampled(weight):
 
 
 def test_the_seed_decides(tmp_path):
-    one, two = (run(12, 3, trials=15)[0] for _ in range(2))
+    one, two = (run(12, 3, trials=15, strategy="tpe")[0] for _ in range(2))
     assert essence(one) == essence(two)
-    other, _ = run(12, 3, trials=15, seed=1)
+    other, _ = run(12, 3, trials=15, strategy="tpe", seed=1)
     assert [t.layout for t in other.trials] != [t.layout for t in one.trials]
     assert trial_seed(0, 1) != trial_seed(1, 0)
 
@@ -289,7 +289,7 @@ class Killer(SyntheticScorer):
 
 def study_to_be_killed(run_dir: Path, after: int = 0, seconds: float = 0.0) -> None:
     """What the child processes run."""
-    config, space, budget = make(8, 3, trials=32, baselines=BASELINES)
+    config, space, budget = make(8, 3, trials=32, strategy="tpe", baselines=BASELINES)
     scorer = Killer(8, pairs=1.0, noise=0.1, pause=0.005, after=after, seconds=seconds)
     (run_dir / "running").touch()
     run_study(
@@ -325,7 +325,7 @@ def test_a_study_killed_at_random_moments_ends_like_an_unbroken_one(tmp_path):
         child.join()
         assert child.exitcode == -signal.SIGKILL
     study_to_be_killed(broken)
-    config, space, budget = make(8, 3, trials=32, baselines=BASELINES)
+    config, space, budget = make(8, 3, trials=32, strategy="tpe", baselines=BASELINES)
     results = [load_result(config, space, budget, run_dir=d) for d in (broken, unbroken)]
     assert essence(results[0]) == essence(results[1])
     assert "tpe" in {trial.proposed_by for trial in results[0].trials}
@@ -350,7 +350,7 @@ def test_optuna_can_open_the_study(tmp_path):
     assert sorted(trial.params.values()) == [ATTENTION, "ssm", "ssm", "ssm"]
     attrs = trial.user_attrs
     assert attrs["layout"].split().index("A") == attrs["attention_layers"][0]
-    assert attrs["proposed_by"] == "tpe:startup"
+    assert attrs["proposed_by"] == "swaps:start"
     assert attrs["seed"] == trial_seed(0, 0)
     assert attrs["provenance"] == {"bank": ["key of the bank"]}
     assert attrs["score"]["mean"]["kl"] == trial.value

@@ -414,7 +414,8 @@ def study_of_one(storage, after=0, name="of one"):
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().score(layout)
 
-    config, space, budget = make(8, 3, trials=20, baselines=BASELINES, storage=storage, name=name)
+    search = {"strategy": "tpe", "baselines": BASELINES, "storage": storage}
+    config, space, budget = make(8, 3, trials=20, name=name, **search)
     return run_study(config, space, budget, Killed(8, pairs=1.0), run_dir=None)
 
 

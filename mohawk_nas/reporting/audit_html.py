@@ -47,7 +47,7 @@ def render_audit(report: AuditReport, *, name: str) -> str:
         '<p class="soft">Each mark is a layout: its mean over the seeds, and a line from the '
         "lowest to the highest. The large green mark is the study's best, the ring the best when "
         f"distilled. Score: {escape(report.objective)} on the search split, lower is better. "
-        "Distilled figures are of the validation split: kl in nats a token, lower is better; "
+        "Distilled figures are of the test split: kl in nats a token, lower is better; "
         "recall the share of right answers, higher is better.</p>"
     )
     return page(f"{name}: audit", sections)

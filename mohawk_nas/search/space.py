@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +64,21 @@ class SearchSpace:
         """The layout with these candidates in the free layers and the pins everywhere else."""
         names = {**chosen, **self.pinned}
         return Layout(tuple(names[i] for i in range(self.num_layers)))
+
+    def neighbours(self, layout: Layout) -> Iterator[Layout]:
+        """Layouts that differ by a swap, each once; a budget may not allow all of them.
+
+        A swap exchanges the candidates of two free layers, or gives one of them another.
+        """
+        free = self.free_layers
+        for one, other in itertools.combinations(free, 2):
+            if layout[one] != layout[other]:
+                moved = layout.with_candidate(one, layout[other])
+                yield moved.with_candidate(other, layout[one])
+        for layer in free:
+            for name in (ATTENTION, *self.replacements):
+                if name != layout[layer]:
+                    yield layout.with_candidate(layer, name)
 
     def check(self, layout: Layout) -> None:
         """Raise LayoutError unless the layout is in the space."""

@@ -73,6 +73,7 @@ Mapped = Callable[..., Iterable[Any]]
 
 STRATEGIES = (
     "random",
+    "swaps",
     "tpe",
     "gp",
     "{name: surrogate, model: additive}",

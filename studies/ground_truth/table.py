@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mohawk_nas.audit import choose_layouts, measure_on, swaps
+from mohawk_nas.audit import choose_layouts, measure_on
 from mohawk_nas.config import OBJECTIVES, StudyConfig, load_study, plain, recipe_of
 from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import InputError, MohawkError, RunError
@@ -325,7 +325,8 @@ def choose(
         best = min(rows, key=lambda row: (row[name], row["layout"]))
         named.append((f"best {name}", layouts[best["layout"]]))
     named += picks(bench, scorer, table)
-    neighbours = list(swaps(min(scored, key=scored.__getitem__), bench.space.free_layers))
+    around = bench.space.neighbours(min(scored, key=scored.__getitem__))
+    neighbours = [layout for layout in around if bench.budget.meets(layout)]
     chosen = choose_layouts(scored, named, count, neighbours=neighbours)
     return [(why, layout) for layout, why in chosen.items()]
 
