@@ -190,6 +190,10 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     assert outcome["judged_by"] == "the score" and outcome["layouts"] == 6 and row["regret"] == 0
     with pytest.raises(SystemExit):
         regret.main([str(out), *options, "--undistilled", "--finalists", "4"])
+    # Another strategy may follow the baselines, a wrong one included.
+    assert regret.main([str(out), *options, "--then", "tpe"]) == 0
+    assert regret.main([str(out), *options, "--then", "tpee"]) == 2
+    assert "unknown strategy 'tpee'" in capsys.readouterr().err
     # Of finalists that is picked which distils best on other text than it is judged on.
     regret.main([str(out), *options, "--finalists", "6"])
     (outcome,) = json.loads(report.read_text(encoding="utf-8"))["outcomes"]

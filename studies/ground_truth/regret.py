@@ -464,9 +464,12 @@ def default_study(
     run_all: Mapped,
     finalists: Sequence[int],
     baselines: Sequence[Any] | None,
+    then: Any,
 ) -> list[Picks]:
     """A study's own baselines and then its strategy, as they come; probes are counted first."""
     named = {} if baselines is None else {"baselines": list(baselines)}
+    if then is not None:
+        named |= {"strategy": then}
     # One short of the whole space, which a study would enumerate instead.
     most = min(most, table.budget.count(table.space) - 1)
     runs = list(run_all(partial(_run, table, objective, named | {"trials": most}), range(seeds)))
@@ -563,6 +566,7 @@ def run(arguments: Sequence[str] | None) -> None:
     add("--by", nargs="+", default=["kl"], help="objectives, as a study names them")
     add("--strategies", nargs="*", default=STRATEGIES)
     add("--baselines", nargs="*", help="of the default study; those of a study that names none")
+    add("--then", type=yaml.safe_load, help="strategy of the default study, after its baselines")
     add("--reference", default="default study", help="strategy to compare with, by its label")
     add("--seeds", type=int, default=10)
     add("--workers", type=int, default=os.cpu_count(), help="processes; one a core")
@@ -595,7 +599,12 @@ def run(arguments: Sequence[str] | None) -> None:
                 how = {"seeds": options.seeds, "most": options.most, "run_all": run_all}
                 named = options.baselines and list(map(yaml.safe_load, options.baselines))
                 runs += default_study(
-                    table, objective, finalists=options.finalists, baselines=named, **how
+                    table,
+                    objective,
+                    finalists=options.finalists,
+                    baselines=named,
+                    then=options.then,
+                    **how,
                 )
                 for choice in map(yaml.safe_load, options.strategies):
                     try:
