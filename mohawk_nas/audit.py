@@ -293,9 +293,9 @@ def _seeds(config: StudyConfig, count: int) -> tuple[int, ...]:
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / "settings.json"
     if path.is_file() and (kept := read_json(path)) != settings:
-        changed = [
-            key for key in settings["logits"] if kept["logits"][key] != settings["logits"][key]
-        ]
+        old, new = kept["logits"], settings["logits"]
+        # What stands at its default may be left out.
+        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         # Earlier versions measured on the validation split, and said nothing of it.
         if kept.get("split") != settings["split"]:
             changed.append("split")

@@ -641,6 +641,7 @@ def short_recipe(study: StudyConfig, tokens: int) -> LogitsConfig:
         tokens=tokens,
         # Nobody looks at the validation split on the way.
         patience=0,
+        min_gain=LogitsConfig.min_gain,
         batch_size=first(rungs.batch_size, full.batch_size),
         accumulate=first(rungs.accumulate, full.accumulate),
         lr=first(rungs.lr, full.lr),
@@ -1068,6 +1069,11 @@ def _check(study: StudyConfig) -> list[str]:
         logits.patience == 0 or logits.schedule == "wsd",
         "distill.logits.patience: waits while the rate is constant, so it needs "
         f"distill.logits.schedule: wsd, but got {logits.schedule}",
+    )
+    need(
+        logits.patience == 0 or (logits.decay < 1 and logits.min_lr < logits.lr),
+        "distill.logits.patience: waits until the rate may fall, so it needs distill.logits.decay "
+        f"below 1 and distill.logits.min_lr below lr, but got {logits.decay} and {logits.min_lr}",
     )
     need(
         0 <= logits.min_gain < 1,

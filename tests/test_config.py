@@ -4,7 +4,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mohawk_nas.config import StageConfig, StudyConfig, dump, flatten, load_study, study_from_dict
+from mohawk_nas.config import (
+    StageConfig,
+    StudyConfig,
+    dump,
+    flatten,
+    load_study,
+    recipe_of,
+    short_recipe,
+    study_from_dict,
+)
 from mohawk_nas.errors import ConfigError
 
 SMALLEST = {
@@ -338,6 +347,25 @@ def test_patience_needs_a_rate_that_is_constant():
         "distill.logits.patience: waits while the rate is constant, so it needs "
         "distill.logits.schedule: wsd, but got cosine"
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "got"),
+    [
+        (["distill.logits.decay=1", "distill.logits.warmup=0"], "1.0 and 1e-08"),
+        (["distill.logits.min_lr=1e-4"], "0.2 and 0.0001"),
+    ],
+)
+def test_patience_needs_a_rate_that_may_fall(overrides, got):
+    assert problems("distill.logits.patience=2", *overrides) == [
+        "distill.logits.patience: waits until the rate may fall, so it needs distill.logits.decay "
+        f"below 1 and distill.logits.min_lr below lr, but got {got}"
+    ]
+
+
+def test_rungs_know_nothing_of_patience():
+    full = study("distill.logits.patience=2", "distill.logits.min_gain=0.5")
+    assert recipe_of(short_recipe(full, 1)) == recipe_of(short_recipe(study(), 1))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -457,6 +457,14 @@ def test_swaps_go_on_around_what_is_better():
     assert len(finished) < budget.count(space)
 
 
+def test_swaps_beside_a_first_layout_that_another_worker_scores():
+    _, space, budget = make(6, 2)
+    scorer = SyntheticScorer(6)
+    start = build_strategy("swaps").propose(context(space, budget, scorer)).layout
+    beside = build_strategy("swaps").propose(context(space, budget, scorer, pending=[start]))
+    assert beside.proposed_by == "swaps" and beside.layout in list(space.neighbours(start))
+
+
 def test_swaps_of_a_pareto_study_begin_with_the_set():
     _, space, budget = make(6, 2)
     scorer = SyntheticScorer(6)

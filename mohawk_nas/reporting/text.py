@@ -182,7 +182,7 @@ def audit_verdict(report: AuditReport) -> list[str]:
     """What an audit rests on, and where the study's best stands among the distilled."""
     lines = [
         f"{report.layouts} layouts were distilled on {report.tokens:,} tokens each, with "
-        f"{report.seeds} seed{'' if report.seeds == 1 else 's'}.",
+        f"{report.seeds} seed{'' if report.seeds == 1 else 's'}, and measured on the test split.",
         f"Best when distilled: attention in layers {layers(report.best)}.",
     ]
     if report.tied:

@@ -40,7 +40,8 @@ class Swaps(Strategy):
             loss = sum(losses[layer, layout[layer]] for layer in free if layout[layer] != ATTENTION)
             return loss, layout.candidates
 
-        for layout in _best_first(context):
+        # Of what others score at this moment nothing is known yet, so that it comes last.
+        for layout in (*_best_first(context), *context.pending):
             fresh = [
                 other
                 for other in context.space.neighbours(layout)
