@@ -45,6 +45,7 @@ __all__ = [
     "make_length_probes",
     "make_probe",
     "most_positions",
+    "notation_of",
     "recall",
 ]
 
@@ -107,6 +108,13 @@ TEMPLATES: Mapping[Split, Sequence[Template]] = {
     "test": (Template(between=" =", after=","), Template(after=".")),
 }
 """Of each split: some that read like text, and some in which a value follows its key at once."""
+
+
+def notation_of(split: Split) -> str:
+    """What a split's probes are made of, whoever answers them, as a hash."""
+    made_of = (*TEMPLATES[split], NUM_PAIRS, NUM_EXAMPLES, NUM_QUESTIONS, NUM_SEQUENCES[split])
+    return hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+
 
 _SHARES: Sequence[Split] = ("search", "validation", "test")
 """Splits that share the words in small letters; the bank's are those with a capital."""

@@ -19,10 +19,10 @@ from synthetic_search import SyntheticScorer, make
 from tiny_study import make_study, make_teacher, make_text
 from typer.testing import CliRunner
 
-from mohawk_nas import pipeline
+from mohawk_nas import pipeline, recall
 from mohawk_nas.audit import audit
 from mohawk_nas.cli import app
-from mohawk_nas.config import RungsConfig, dump, short_recipe
+from mohawk_nas.config import LogitsConfig, RungsConfig, dump, short_recipe
 from mohawk_nas.data import load_blocks
 from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import ConfigError
@@ -562,6 +562,15 @@ def test_another_recipe_is_distilled_anew_and_never_mixed(folder, searched, tmp_
     again, _ = pipeline.search(config)
     assert essence(again) == essence(searched[0])
     assert rung_recipe(config.distill.logits) != rung_recipe(other.distill.logits)
+
+
+def test_recall_that_is_asked_otherwise_is_another_recipe(monkeypatch):
+    config = LogitsConfig()
+    both = rung_recipe(config, {"kl": 1.0, "recall": 0.05})
+    assert both == rung_recipe(config, ["recall"]) != rung_recipe(config, ["kl"])
+    assert rung_recipe(config, ["kl"]) == rung_recipe(config)
+    monkeypatch.setitem(recall.TEMPLATES, "validation", recall.TEMPLATES["validation"][:2])
+    assert both != rung_recipe(config, ["recall"])
 
 
 def test_score_and_audit_take_the_best_of_the_highest_rung(folder, searched, monkeypatch):

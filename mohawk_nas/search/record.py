@@ -78,7 +78,8 @@ def study_result(
     config: StudyConfig, space: SearchSpace, budget: Budget, ledger: Ledger
 ) -> StudyResult:
     """What a ledger holds, as a result."""
-    notes, recipe = ledger.notes(), rung_recipe(short_recipe(config, 0))
+    notes = ledger.notes()
+    recipe = rung_recipe(short_recipe(config, 0), config.search.objective)
     if not ledger.rung_scores(recipe):
         # What a study is read for, an audit say, may have a recipe of its own.
         recipe = notes.get(RECIPE, recipe)

@@ -24,6 +24,7 @@ from scipy import stats
 from mohawk_nas.config import LogitsConfig, read_options, recipe_of
 from mohawk_nas.errors import ConfigError, did_you_mean
 from mohawk_nas.layout import Layout
+from mohawk_nas.recall import notation_of
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.statistics import Values
 
@@ -239,11 +240,18 @@ def rung_weights(weights: Mapping[str, float], scores: Iterable[Score]) -> dict[
     return {name: w for name, w in weights.items() if name in measured} or {"kl": 1.0}
 
 
-def rung_recipe(config: LogitsConfig) -> dict[str, Any]:
+def rung_recipe(config: LogitsConfig, figures: Collection[str] = ()) -> dict[str, Any]:
     """What a rung's scores depend on besides layout, tokens and the study, as plain JSON values.
 
     Students are trained without looks at the validation split or checkpoints, so how often those
     come does not matter.
+
+    Args:
+        config: Stage 3 of the rungs.
+        figures: Of the study's objective; recall depends on how it is asked.
     """
     apart = ("tokens", "validate_steps", "checkpoint_steps")
-    return {name: value for name, value in recipe_of(config).items() if name not in apart}
+    recipe = {name: value for name, value in recipe_of(config).items() if name not in apart}
+    if "recall" in figures:
+        recipe["recall is asked by"] = notation_of("validation")
+    return recipe

@@ -340,7 +340,8 @@ class _Study:
 
     def run_rungs(self, distiller: Distiller) -> None:
         """Distil layouts, rung by rung, until nobody is left to climb."""
-        recipe, told = rung_recipe(short_recipe(self._config, 0)), 0
+        recipe = rung_recipe(short_recipe(self._config, 0), self._config.search.objective)
+        told = 0
         if not all(trial.layout.replaced_layers for trial in self._ledger.trials):
             self._reporter.say(
                 "the layout that keeps attention in every layer is left out of the rungs: it is "
