@@ -109,6 +109,12 @@ def test_an_audit_goes_on_and_reports(study, tmp_path):
     settings.write_text(json.dumps({"logits": json.loads(kept)["logits"]}), encoding="utf-8")
     with pytest.raises(RunError, match="an audit with another split; remove the folder"):
         audit(study, hours=1, tokens=256)
+    # A setting that one of the two leaves out.
+    other = json.loads(kept)
+    other["logits"]["schedule"] = "cosine"
+    settings.write_text(json.dumps(other), encoding="utf-8")
+    with pytest.raises(RunError, match="an audit with another schedule; remove the folder"):
+        audit(study, hours=1, tokens=256)
     settings.write_text(kept, encoding="utf-8")
     # A third seed of a few layouts does not take the others' two away.
     with (study.run_dir / "audit" / "distilled.jsonl").open("a", encoding="utf-8") as file:

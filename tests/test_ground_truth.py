@@ -514,12 +514,12 @@ def test_a_search_is_compared_at_equal_distillation(study, tmp_path, capsys):
         assert len(values) == 2 and math.isclose(np.mean(values), line["kl"])
         assert same or math.isclose(mean, line["kl"] - best["kl"], abs_tol=1e-9)
     assert len(rows) == len({(r["layout"], r["tokens"], r["seed"]) for r in rows})
-    # Nothing is distilled twice, nor drawn.
     # Every figure of every row that is compared: KL and cross-entropy, the teacher recalls nothing.
     apart = [row for row in others if row["more_than_searched"]]
     assert apart and said["comparisons"] == 2 * len(
         {(tuple(row["attention_layers"]), row["tokens"]) for row in apart}
     )
+    # Nothing is distilled twice, nor drawn.
     before = rows_of(run / "versus.jsonl")
     assert versus.main([str(path), *fixed, *options]) == 0
     assert rows_of(run / "versus.jsonl") == before

@@ -59,8 +59,9 @@ class _Progress:
     best_kl: float = math.inf
     bad_steps: int = 0
     lowered_to: float = math.inf
-    """Validation KL when it last fell by ``min_gain`` at the full rate, and looks since then."""
+    """Validation KL when it last fell by ``min_gain`` at the full rate."""
     looks_since: int = 0
+    """Looks at the validation split since then."""
 
     def improves(self, kl: float, config: LogitsConfig) -> bool:
         """Whether to go on at the full rate after this look at the validation split."""

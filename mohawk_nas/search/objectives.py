@@ -139,8 +139,9 @@ class BankScorer:
     def stage2_losses(self) -> dict[tuple[int, str], float]:
         """Relative stage-2 distance of every (layer, candidate) on the search split."""
         # Strategies ask often, and each number taken alone would wait for the GPU.
-        means = torch.stack([distances.mean() for distances in self._local.values()])
-        return dict(zip(self._local, means.tolist(), strict=True))
+        means = [distances.mean() for distances in self._local.values()]
+        taken = torch.stack(means).tolist() if means else []
+        return dict(zip(self._local, taken, strict=True))
 
     def _score_assembled(self, layout: Layout) -> dict[str, Tensor]:
         kl: list[Tensor] = []
