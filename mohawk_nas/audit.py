@@ -67,7 +67,8 @@ class Trust:
     figure: str
     """``kl`` or ``recall``."""
     spearman: Interval | None
-    """None, as all else, where the figure is the same for every layout."""
+    """None, as Kendall's, where the score or the figure is the same for every layout; all else is
+    None in the latter case."""
     kendall: Interval | None
     best_quarter: Interval | None
     """Spearman's, within the quarter that distils best; None where that is too few layouts, or they
@@ -181,10 +182,11 @@ def audit(
         result = bench.result()
         folder = config.run_dir / "audit"
         recipe = short_recipe(config, tokens)
-        _claim(folder, {"logits": recipe_of(recipe), "split": SPLIT})
-        # Before anyone asks for them at once.
+        # Bank and text before anyone asks for them at once.
+        texts = bench.training_text(tokens), bench.blocks[SPLIT]
+        read = [text.fingerprint for text in texts]
+        _claim(folder, {"logits": recipe_of(recipe), "split": SPLIT, "texts": read})
         bench.bank.train(bench.space.replaceable, reporter=reporter)
-        bench.training_text(tokens)
         drawn = _draw(bench, result, folder / "drawn.json")
         work = _Work(
             tokens=tokens,
@@ -297,8 +299,7 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
         # What stands at its default may be left out.
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         # Earlier versions measured on the validation split, and said nothing of it.
-        if kept.get("split") != settings["split"]:
-            changed.append("split")
+        changed += [key for key in ("split", "texts") if kept.get(key) != settings[key]]
         raise RunError(
             f"{folder}: holds an audit with another {', '.join(changed)}; remove the folder to "
             "begin anew"
@@ -542,11 +543,12 @@ def _report(
     if all(row.get("recall_sequences") for found in whole.values() for row in found):
         by_sequence = [[row["recall_sequences"] for row in whole[x]] for x in layouts]
         parts["recall"] = -np.array(by_sequence)
-    joined = blocks.reshape(len(layouts), -1)
-    order = np.argsort(joined.mean(axis=1), kind="stable")
+    # A block's gap is much the same in every seed, so seeds add no blocks.
+    over_seeds = blocks.mean(axis=1)
+    order = np.argsort(over_seeds.mean(axis=1), kind="stable")
     terms = [f"{x:g} {name}" if x != 1 else name for name, x in result.weights.items()]
     best = int(order[0])
-    tied = set(statistics.tied_with_best(joined)) - {best}
+    tied = set(statistics.tied_with_best(over_seeds)) - {best}
     return AuditReport(
         layouts=len(layouts),
         seeds=seeds,
@@ -600,7 +602,10 @@ def _trust(
     truth = values.mean(axis=1)
     several = values.shape[1] > 1
     top = truth <= np.quantile(truth, 0.25)
-    differ, best_differ = bool(np.ptp(truth)), bool(np.ptp(truth[top]) and np.ptp(scores[top]))
+    differ = bool(np.ptp(truth))
+    # Layouts that all score alike have no order to compare.
+    ordered = differ and len(set(scores)) > 1
+    best_ordered = bool(np.ptp(truth[top])) and len(set(scores[top])) > 1
     if by_seed is not None and not np.ptp(by_seed):
         by_seed = None
     regret = None
@@ -617,10 +622,10 @@ def _trust(
                 regret = dataclasses.replace(regret, within=within)
     return Trust(
         figure=name,
-        spearman=statistics.spearman(scores, truth) if differ else None,
-        kendall=statistics.kendall(scores, truth) if differ else None,
+        spearman=statistics.spearman(scores, truth) if ordered else None,
+        kendall=statistics.kendall(scores, truth) if ordered else None,
         best_quarter=statistics.spearman(scores[top], truth[top])
-        if best_differ and top.sum() >= FEWEST // 2
+        if best_ordered and top.sum() >= FEWEST // 2
         else None,
         reliability=None if by_seed is None else statistics.reliability(by_seed),
         ceiling=None if by_seed is None else statistics.ceiling(by_seed),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,6 +36,8 @@ __all__ = [
     "write_json",
 ]
 
+ABANDONED = 24 * 3600.0
+"""Seconds after which a temporary file that nobody has written to is a killed process's."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -53,7 +57,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         TrainingError: The disk, or the user's share of it, is full.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    beside = _beside(path)
     try:
         with telling_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,13 +78,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside ``path``, which takes its place once the block has ended well.
 
     What stood at ``path`` is then gone. After an error the temporary folder is gone and ``path`` is
-    as it was.
+    as it was; a process that is killed while they change places leaves the old one beside it.
 
     Raises:
         TrainingError: The disk, or the user's share of it, is full.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    beside, old = _beside(path), _beside(path)
     try:
         with telling_full_disk(path):
             beside.mkdir(parents=True)
@@ -88,10 +92,26 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             for file in beside.rglob("*"):
                 flush(file)
             if path.exists():
-                shutil.rmtree(path)
-            beside.rename(path)
+                path.rename(old)
+            try:
+                beside.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        for left in (beside, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """A new temporary path; removes what processes that were killed left of others."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            # Others may be writing theirs at this moment.
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ from mohawk_nas.search.leases import Worker
 from mohawk_nas.search.result import Placement, StudyResult, Trial
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.space import SearchSpace, load_space
-from mohawk_nas.search.storages import locate_study
+from mohawk_nas.search.storages import holds_study, locate_study
 from mohawk_nas.search.study import check_search, run_study
 from mohawk_nas.search.workers import environments, run_crew
 from mohawk_nas.stream import TextStream
@@ -118,6 +118,11 @@ def search(
     if problems := find_problems(config):
         raise ConfigError(problems)
     with only_one(config.run_dir):
+        if force and (url := config.search.storage) is not None and holds_study(url, config.name):
+            raise RunError(
+                f"search.storage: holds a study {config.name!r}, which --force does not set aside, "
+                "since others may be at it; give the study another name"
+            )
         # With --force what is there is set aside.
         kept_in = config.run_dir if not force else None
         locate_study(config.search.storage, run_dir=kept_in, workers=workers)

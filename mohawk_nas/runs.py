@@ -183,7 +183,8 @@ def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
         old = read_json(record)
     except DamagedFile as e:
         raise RunError(f"{e}; use --force to set {folder} aside and start anew") from e
-    changed = [name for name in identity if old.get(name) != identity[name]]
+    # What was not known then, such as a text that only rungs read, is no change.
+    changed = [name for name in identity if old.get(name, identity[name]) != identity[name]]
     if changed:
         listed = " and another ".join(changed)
         raise RunError(

@@ -159,8 +159,12 @@ class Workbench:
         """What every score of this study depends on beyond its settings."""
         keys = [self.bank.key(*pair) for pair in self.space.replaceable]
         probe = self.probe("search") if "recall" in self.config.search.weights else None
-        asked = {"recall probe": f"{probe}, {probe.fingerprint}"} if probe else {}
-        return asked | {
+        known = {"recall probe": f"{probe}, {probe.fingerprint}"} if probe else {}
+        for tokens in self.config.search.rungs.tokens:
+            if tokens > self.blocks["bank"].tokens.numel():
+                name = f"text of the rung of {tokens:,} tokens"
+                known[name] = self.training_text(tokens).fingerprint
+        return known | {
             "teacher": self.teacher.fingerprint,
             "type of the teacher's weights": str(self.teacher.model.dtype),
             "text of the bank split": self.blocks["bank"].fingerprint,

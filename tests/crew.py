@@ -17,6 +17,8 @@ STUDY = {"trials": 28, "baselines": ["uniform", "swap_one"]}
 def one_of_the_crew(number, storage, roles):
     """A worker that is killed, or fails, or does its work."""
     assert "RANK" not in os.environ
+    if roles[number] == "fails with many words":
+        raise RunError("this one must fail " + 200_000 * ".")
     if roles[number] == "fails":
         raise RunError("this one must fail")
     config, space, budget = make(8, 2, storage=storage, **STUDY)

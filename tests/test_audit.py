@@ -13,7 +13,7 @@ import pytest
 from tiny_study import make_study, make_teacher, make_text
 from typer.testing import CliRunner
 
-from mohawk_nas.audit import audit, choose_layouts, expected_interval
+from mohawk_nas.audit import _report, audit, choose_layouts, expected_interval
 from mohawk_nas.cli import app
 from mohawk_nas.config import dump
 from mohawk_nas.errors import InputError, RunError, TrainingError
@@ -107,7 +107,7 @@ def test_an_audit_goes_on_and_reports(study, tmp_path):
     kept = settings.read_text(encoding="utf-8")
     # As earlier versions did.
     settings.write_text(json.dumps({"logits": json.loads(kept)["logits"]}), encoding="utf-8")
-    with pytest.raises(RunError, match="an audit with another split; remove the folder"):
+    with pytest.raises(RunError, match="an audit with another split, texts; remove the folder"):
         audit(study, hours=1, tokens=256)
     # A setting that one of the two leaves out.
     other = json.loads(kept)
@@ -152,11 +152,17 @@ def test_a_second_seed_of_some_layouts_takes_no_other_away(study, tmp_path, monk
     assert "by 6 layouts with several seeds" in render_audit(report, name="tiny")
 
 
-def test_a_figure_that_is_the_same_for_all_foretells_nothing(study, tmp_path, capsys):
-    config = dataclasses.replace(study, output=str(tmp_path))
+def audited(study, folder):
+    """A copy of the study with an audit of two seeds."""
+    config = dataclasses.replace(study, output=str(folder))
     shutil.copytree(study.run_dir, config.run_dir)
     shutil.rmtree(config.run_dir / "audit", ignore_errors=True)
     audit(config, hours=1, tokens=256, seeds=2)
+    return config
+
+
+def test_a_figure_that_is_the_same_for_all_foretells_nothing(study, tmp_path, capsys):
+    config = audited(study, tmp_path)
     file = config.run_dir / "audit" / "distilled.jsonl"
     # As where no student recalls anything, or all of the best everything.
     for best in (0.0, 1.0):
@@ -176,6 +182,26 @@ def test_a_figure_that_is_the_same_for_all_foretells_nothing(study, tmp_path, ca
         page = render_audit(report, name="tiny")
         assert ("All layouts have the same distilled recall" in page) == (best == 0)
         assert not re.search(r"\b(nan|inf)\b", page)
+
+
+def test_a_score_that_is_the_same_for_all_foretells_nothing(study, tmp_path):
+    config = audited(study, tmp_path)
+    result, rows = Workbench(config).result(), rows_of(config)
+    alike = [dataclasses.replace(trial, value=1.0) for trial in result.trials]
+    report = _report(dataclasses.replace(result, trials=tuple(alike)), rows, tokens=256, drawn={})
+    assert report.trusts[0].spearman is None and report.trusts[0].fit is not None
+
+
+def test_seeds_that_say_the_same_tell_no_more_layouts_apart(study, tmp_path):
+    config = audited(study, tmp_path)
+    result, rows = Workbench(config).result(), rows_of(config)
+
+    def tied(seeds):
+        # A block that is hard for a layout is so in each seed.
+        again = [{**row, "seed": seed} for row in rows if row["seed"] == 1 for seed in seeds]
+        return _report(result, again, tokens=256, drawn={}).tied
+
+    assert tied([1]) and tied([1, 2, 3, 4]) == tied([1])
 
 
 def test_regret_is_a_share_of_what_chance_gives(study, tmp_path):

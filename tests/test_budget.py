@@ -99,6 +99,12 @@ def test_the_cheapest_layout_is_the_one_of_brute_force(seed):
     assert total(local) == pytest.approx(min(map(total, expected)))
 
 
+def test_the_setting_that_limits_too_much_is_named():
+    cache = Limit(costs={(i, "ssm"): 10 for i in range(4)}, most=20, name="budget.cache.mib")
+    (message,) = Budget(at_most=1, limits=(cache,)).problems(make_space(4))
+    assert message.startswith("budget.attention_layers.at_most: must be at least 2, ")
+
+
 def test_all_layouts_have_the_same_chance():
     space = make_space(4, replacements=("a", "b"))
     costs = {(i, name): cost for i in range(4) for name, cost in ((ATTENTION, 5), ("a", 2))}
@@ -431,6 +437,33 @@ def test_a_beam_grows_to_the_best_layout_where_layers_add_up():
     best = min(budget.enumerate(space), key=scorer.exact)
     wide = build_strategy({"name": "beam", "width": 99}).layouts(context(space, budget, scorer))
     assert wide[0][1] == best
+
+
+def test_a_beam_looks_at_what_the_budget_allows():
+    names = ("big", "small")
+    space = make_space(4, replacements=names)
+    costs = {
+        (i, n): {ATTENTION: 10, "big": 5, "small": 1}[n]
+        for i in range(4)
+        for n in (ATTENTION, *names)
+    }
+    budget = Budget(attention_layers=1, limits=(Limit(costs=costs, most=14),))
+    scorer = SyntheticScorer(4, replacements=names)
+    # The bigger mixer suits every layer better, and there is no room for it.
+    losses = {(i, n): {"big": 0.1, "small": 0.9}[n] for i in range(4) for n in names}
+    looked = dataclasses.replace(context(space, budget, scorer), stage2_losses=lambda: losses)
+    ((_, found),) = build_strategy({"name": "greedy", "swaps": 1}).layouts(looked)
+    assert scorer.scored and found in scorer.scored
+    assert all(map(budget.meets, scorer.scored))
+
+
+def test_a_mixer_that_has_diverged_is_the_last_choice():
+    space = make_space(8)
+    costs = {(i, n): {ATTENTION: 5, "ssm": 1}[n] for i in range(8) for n in (ATTENTION, "ssm")}
+    budget = Budget(limits=(Limit(costs=costs, most=24),))
+    losses = {(i, "ssm"): math.inf if i > 1 else 0.1 for i in range(8)}
+    assert len(solve_local(space, budget, losses).attention_layers) == 4
+    assert not {0, 1} & set(solve_local(space, budget, losses).attention_layers)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -37,6 +37,20 @@ def test_atomic_write(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
+def test_what_killed_processes_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    old, new, others = (tmp_path / f".{n}.tmp" for n in ("file.1", "file.2", "file2.1"))
+    folder = tmp_path / ".file.3.tmp"
+    for left in (old, new, others):
+        left.write_text("half")
+    folder.mkdir()
+    for left in (old, others, folder):
+        os.utime(left, (0, 0))
+    with atomic_write(path) as beside:
+        beside.write_text("whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".file.2.tmp", ".file2.1.tmp", "file"]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk(number: int, tmp_path: Path) -> None:
     path = tmp_path / "file"

@@ -184,6 +184,36 @@ def test_force_sets_an_earlier_run_aside(tmp_path):
     assert first.best.layout in {Layout(t.layout.candidates) for t in first.trials}
 
 
+def test_force_leaves_a_study_that_others_may_be_at_alone(tmp_path):
+    url = f"search.storage=sqlite:///{tmp_path / 'studies.db'}"
+    pipeline.search(make_study(tmp_path, url))
+    with pytest.raises(RunError, match="holds a study 'tiny', which --force does not set aside"):
+        pipeline.search(make_study(tmp_path, url, "seed=5"), force=True)
+    assert (tmp_path / "runs" / "tiny" / "best.yaml").is_file()
+    pipeline.search(make_study(tmp_path, url, "seed=5", "name=other"), force=True)
+
+
+def test_other_text_of_a_rung_is_refused(tmp_path):
+    config = make_study(tmp_path, "search.rungs.tokens=[1024]", "bank.hidden.tokens=64")
+    pipeline.search(config)
+    text, bench = tmp_path / "text.jsonl", Workbench(config)
+    lines, read = text.read_text(encoding="utf-8").splitlines(), bench.training_text(64).fingerprint
+    for number in range(len(lines)):
+        # A document that the rung reads, and nobody else.
+        changed = [*lines[:number], *lines[number + 1 :]]
+        text.write_text("\n".join(changed), encoding="utf-8")
+        other = Workbench(config)
+        same = all(other.blocks[x].fingerprint == bench.blocks[x].fingerprint for x in bench.blocks)
+        longer = other.training_text(1024).fingerprint
+        if same and longer != bench.training_text(1024).fingerprint:
+            break
+    else:
+        raise AssertionError
+    assert other.training_text(64).fingerprint == read
+    with pytest.raises(RunError, match="another text of the rung of 1,024 tokens"):
+        pipeline.search(config)
+
+
 def test_a_bfloat16_teacher_goes_the_whole_way(tmp_path):
     config = make_study(tmp_path, "teacher.dtype=bfloat16", "bank.matrix.tokens=128")
     result, path = pipeline.search(config)

@@ -62,6 +62,14 @@ def test_the_ceiling_is_what_a_perfect_score_reaches():
     values = truth[:, None] + 0.7 * rng.normal(size=(4000, 3))
     reached = stats.spearmanr(truth, values[:, 0]).statistic
     assert statistics.ceiling(values) == pytest.approx(reached, abs=0.02)
+    # A seed in which nothing is told apart says nothing of the others.
+    same = np.zeros(len(truth))
+    assert statistics.ceiling(np.column_stack([same, truth, truth + 1])) == pytest.approx(1)
+    assert statistics.ceiling(np.column_stack([same, truth])) is None
+
+
+def test_where_all_are_equal_there_is_no_order():
+    assert np.isnan(statistics.spearman(np.arange(12.0), np.zeros(12)).low)
 
 
 def test_regret_is_split_and_normalised():

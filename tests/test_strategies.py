@@ -630,6 +630,15 @@ def test_recall_drop_keeps_what_recall_needs_whatever_the_objective_says_of_the_
     assert plan_search(config.search, space, budget).probes == result.asked
 
 
+def test_what_a_selector_looks_at_counts_where_it_is_the_strategy():
+    config, space, budget = make(8, 2, trials=3, strategy="greedy", baselines=[])
+    plan = plan_search(config.search, space, budget)
+    assert plan.probes == {"greedy": 8 + 7}
+    result = run_study(config, space, budget, SyntheticScorer(8), run_dir=None)
+    cost = result.probe_costs["greedy"]
+    assert 0 < cost.asked == cost.scored == len(result.probes) <= plan.probes["greedy"]
+
+
 def test_stage1_rank_keeps_what_stage_1_imitates_worst():
     options = {"replacements": ("a", "b"), "pinned": {5: "b"}, "baselines": ["stage1_rank"]}
     config, space, budget = make(6, 2, trials=1, **options)

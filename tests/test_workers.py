@@ -683,6 +683,12 @@ def test_a_search_without_a_worker_left_has_failed(tmp_path):
     assert re.search(r"no worker came to its end; .*SIGKILL.* run again to continue", said[2])
 
 
+def test_a_worker_that_fails_with_many_words_ends(tmp_path):
+    result, said = run_roles(tmp_path, "fails with many words", "works")
+    assert len(result.trials) == 28
+    assert "this one must fail ..." in said[1] and len(said[1]) < 10_000
+
+
 def test_no_worker_outlives_its_parent(tmp_path):
     parents = {}
     for how in (signal.SIGINT, signal.SIGKILL):

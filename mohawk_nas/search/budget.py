@@ -30,7 +30,6 @@ MOST_SUMS = 1_000_000
 DIGITS = 6
 """Of a limit that a message names."""
 
-_ATTENTION_LAYERS = "budget.attention_layers"
 
 _Spent = tuple[float, ...]
 """Sum of the costs so far, limit by limit."""
@@ -158,7 +157,7 @@ class Budget:
         """What is wrong with the number of attention layers, whatever else must hold."""
         exact = self.attention_layers is not None
         wanted = self.attention_layers if exact else self.at_most
-        name = _ATTENTION_LAYERS if exact else f"{_ATTENTION_LAYERS}.at_most"
+        name = self._count_name
         if wanted is None:
             return []
         if wanted > space.num_layers:
@@ -180,6 +179,12 @@ class Budget:
             ]
         return []
 
+    @property
+    def _count_name(self) -> str:
+        """The setting that limits the number of attention layers."""
+        exact = self.attention_layers is not None
+        return "budget.attention_layers" if exact else "budget.attention_layers.at_most"
+
     def linear(self, space: SearchSpace) -> list[Limit]:
         """Every limit, the number of attention layers among them."""
         limits = list(self.limits)
@@ -189,7 +194,7 @@ class Budget:
                 costs={(layer, ATTENTION): 1 for layer in range(space.num_layers)},
                 most=wanted,
                 least=-math.inf if self.attention_layers is None else wanted,
-                name=_ATTENTION_LAYERS,
+                name=self._count_name,
             )
             limits.insert(0, count)
         return limits

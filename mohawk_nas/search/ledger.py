@@ -271,7 +271,7 @@ class Ledger:
     def note_once(self, key: str, make: Callable[[], Any]) -> bool:
         """Keep what ``make`` gives as a note, unless it is there; one worker makes it.
 
-        Who is at it stands in a third study, ``NAME.notes``, which only shared storages have.
+        Who is at it stands in a study of its own, ``NAME.notes``, which only shared storages have.
         Whatever ``make`` raises is raised again, and another may try.
 
         Returns:
@@ -435,11 +435,12 @@ class Ledger:
                 f"{key} was {kept.get(key)!r} and is now {settings[key]!r}" for key in changed
             )
             raise RunError(
-                f"study {name!r} was begun with other settings: {listed}. Only search.trials may "
-                "change; give the study another name or restore the old values"
+                f"study {name!r} was begun with other settings: {listed}; give the study another "
+                "name or restore the old values"
             )
         kept = notes.get("identity", identity)
-        if changed := [key for key in identity if kept.get(key) != identity[key]]:
+        # What was not known then, such as a text that only rungs read, is no change.
+        if changed := [key for key in identity if kept.get(key, identity[key]) != identity[key]]:
             raise RunError(
                 f"study {name!r} was begun with another {' and another '.join(changed)}; results "
                 "of both would be mixed. Restore it, or give the study another name"

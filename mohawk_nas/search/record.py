@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,9 @@ def study_result(
         baselines |= layouts
         if count:
             asked[label] = count
+    # A selector that is the study's strategy leaves no note; what it had to score is known.
+    for label, count in Counter(probe.charged_to for probe in ledger.probes).items():
+        asked.setdefault(label, count)
     learnt: dict[str, LearningCost] = {}
     for key, note in sorted(notes.items()):
         if key.startswith("learnt "):

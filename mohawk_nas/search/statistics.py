@@ -9,6 +9,7 @@ and over the layouts that stand for all.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -78,22 +79,22 @@ def reliability(values: Values) -> float:
     return float((between - within) / (between + (seeds - 1) * within))
 
 
-def ceiling(values: Values) -> float:
+def ceiling(values: Values) -> float | None:
     """Rank correlation that even a perfect score could expect with one distillation each.
 
     The mean over pairs of seeds of Spearman's correlation between them is the square of what each
-    has with the truth behind both, so the ceiling is its root.
+    has with the truth behind both, so the ceiling is its root. A seed in which all layouts are
+    equal has no order and is left out.
 
     Args:
         values: ``(N, S)``, with at least two seeds.
+
+    Returns:
+        None if fewer than two seeds tell layouts apart.
     """
-    seeds = values.shape[1]
-    found = [
-        _spearman(values[:, one], values[:, other])
-        for one in range(seeds)
-        for other in range(one + 1, seeds)
-    ]
-    return float(np.sqrt(max(0.0, float(np.mean(found)))))
+    telling = [seed for seed in values.T if np.ptp(seed)]
+    found = [_spearman(one, other) for one, other in itertools.combinations(telling, 2)]
+    return float(np.sqrt(max(0.0, float(np.mean(found))))) if found else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,7 +262,8 @@ def _bootstrapped(
         if np.isfinite(found):
             drawn.append(found)
     tail = (1 - COVERAGE) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
+    # Where all are equal there is no order at all.
+    low, high = np.quantile(drawn or [np.nan], [tail, 1 - tail])
     return Interval(value=figure(one, other), low=float(low), high=float(high))
 
 

@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "MEMORY",
     "Journal",
     "check_storage",
+    "holds_study",
     "is_shared",
     "locate_study",
     "opened",
@@ -122,6 +123,18 @@ def opened(url: str, *, lock: bool) -> Iterator[BaseStorage]:
         storage = _database(url)
         stack.callback(storage.remove_session)
         yield storage
+
+
+def holds_study(url: str, name: str) -> bool:
+    """Whether a storage has a study of this name.
+
+    Raises:
+        TrainingError: The storage cannot be read.
+    """
+    with opened(url, lock=False) as storage, suppress(KeyError):
+        storage.get_study_id_from_name(name)
+        return True
+    return False
 
 
 @contextmanager

@@ -9,6 +9,7 @@ study may give them, ``{name: beam, width: 8}``. They are registered under the s
 
 from __future__ import annotations
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -359,7 +360,10 @@ def solve_local(
     counted the optimum keeps attention where the best replacement loses most.
     """
     if budget.limits:
-        found = budget.cheapest(space, losses)
+        # A mixer that has diverged is the last choice, but one.
+        most = sum(abs(loss) for loss in losses.values() if math.isfinite(loss)) + 1
+        known = {pair: x if math.isfinite(x) else most for pair, x in losses.items()}
+        found = budget.cheapest(space, known)
         assert found is not None, "a study whose budget is impossible has not begun"
         return found
     best = {layer: local_replacement(space, losses, layer) for layer in space.free_layers}

@@ -156,6 +156,9 @@ def plan_search(config: SearchConfig, space: SearchSpace, budget: Budget) -> Sea
     solved = is_solved(config)
     probes = {}
     selectors = {k: one for k, one in named_baselines(config.baselines).items() if one}
+    strategy = build_strategy(config.strategy)
+    if isinstance(strategy, Selector) and possible > config.trials and not solved:
+        selectors[strategy.label] = strategy
     for label, selector in selectors.items():
         if count := selector.num_probes(space, budget):
             probes[label] = count
@@ -166,9 +169,6 @@ def plan_search(config: SearchConfig, space: SearchSpace, budget: Budget) -> Sea
         # Baselines climb to the first rung in any case.
         named = 0 if rungs else len(named_baselines(config.baselines))
         rungs[tokens] = climbers = min(climbers, most + named)
-    strategy = build_strategy(config.strategy)
-    if isinstance(strategy, Selector) and possible > config.trials and not solved:
-        selectors[strategy.label] = strategy
     learning = {label: one.num_tokens(space, budget) for label, one in selectors.items()}
     return SearchPlan(
         possible=possible,

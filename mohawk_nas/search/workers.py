@@ -34,6 +34,8 @@ from mohawk_nas.search.study import plan_search
 
 __all__ = ["Crew", "environments", "run_crew"]
 
+MOST_WORDS = 4000
+"""Characters of what a worker that failed says."""
 STOP_PATIENCE = 20.0
 """Seconds that workers are given to leave when they are asked to."""
 
@@ -302,7 +304,8 @@ def _work(
 
 def _fail(outbox: connection.Connection, text: str) -> None:
     with suppress(OSError):
-        outbox.send(text)
+        # It is read when this process has ended, so it must fit into the pipe.
+        outbox.send(text[:MOST_WORDS])
     sys.exit(1)
 
 

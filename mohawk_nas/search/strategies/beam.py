@@ -47,13 +47,15 @@ class Beam(Selector):
         def kept(moved: frozenset[int]) -> list[int]:
             return [layer for layer in free if (layer in moved) == adding]
 
+        def looked_at(moved: frozenset[int]) -> Layout:
+            # On the budget other mixers may have to stand in than those that suit the layers best.
+            return context.on_budget(kept(moved)) or context.keeping(kept(moved))
+
         values: dict[frozenset[int], float] = {}
 
         def best(found: Collection[frozenset[int]]) -> list[frozenset[int]]:
             unknown = [moved for moved in _sorted(found) if moved not in values]
-            values.update(
-                context.values({moved: context.keeping(kept(moved)) for moved in unknown})
-            )
+            values.update(context.values({moved: looked_at(moved) for moved in unknown}))
             # Of two equal ones that with the lower layers.
             return sorted(found, key=lambda moved: (values[moved], sorted(moved)))
 
