@@ -1,6 +1,8 @@
 """The table of what layouts are worth, made and continued on a tiny teacher."""
 
+import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import sys
@@ -11,6 +13,7 @@ import pytest
 import torch
 from tiny_study import make_study
 
+from mohawk_nas import pipeline
 from mohawk_nas.config import dump, load_study
 from mohawk_nas.data import load_blocks
 from mohawk_nas.distill.several import distil_layouts
@@ -20,8 +23,8 @@ from mohawk_nas.workbench import Workbench
 FOLDER = Path(__file__).parents[1] / "studies" / "ground_truth"
 
 
-def load(stem):
-    spec = importlib.util.spec_from_file_location(f"ground_truth_{stem}", FOLDER / f"{stem}.py")
+def load(stem, folder=FOLDER):
+    spec = importlib.util.spec_from_file_location(f"{folder.name}_{stem}", folder / f"{stem}.py")
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up, and scripts import each other.
     sys.modules[spec.name] = module
@@ -84,6 +87,46 @@ def test_a_table_is_made_and_continued(table, study, tmp_path, monkeypatch, caps
     assert len(other) == 6 and all(row["kl"] != zero[row["layout"]]["kl"] for row in other)
     assert table.main([str(path), "distill.logits.lr=0.5", "--out", str(out)]) == 2
     assert "was begun with another study" in capsys.readouterr().err
+    # Patience is never had here, so it changes nothing.
+    assert table.main([str(path), "distill.logits.patience=3", "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize("stem", ["table", "recipe"])
+def test_a_budget_reads_the_same_text_beside_a_larger_one(stem, study, tmp_path, monkeypatch):
+    script, blocks = load(stem), {}
+
+    def spy(*args, train, config, **kwargs):
+        blocks[config.tokens] = len(train)
+        config = dataclasses.replace(config, tokens=0)
+        return distil_layouts(*args, train=train, config=config, **kwargs)
+
+    monkeypatch.setattr(script, "distil_layouts", spy)
+    count = {"table": "--distil", "recipe": "--layouts"}[stem]
+    options = [count, "3", "--tokens", "0,64,640", "--out", str(tmp_path / "rows.jsonl")]
+    assert script.main([str(study[0]), *options]) == 0
+    assert blocks == {0: 1, 64: 4, 640: 40}
+
+
+def test_recipes_of_another_study_are_tried_anew(study, tmp_path, monkeypatch, capsys):
+    recipe, out = load("recipe"), tmp_path / "recipe.jsonl"
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def rows_after(*overrides):
+        options = ["--tokens", "64", "--layouts", "3", "--out", str(out)]
+        assert recipe.main([str(study[0]), *overrides, *options]) == 0
+        return rows_of(out)
+
+    def shown():
+        return [line for line in capsys.readouterr().out.splitlines() if "the study's" in line]
+
+    first, said = rows_after(), shown()
+    assert len(first) == 6 and len(said) == 1
+    # Undistilled layouts do not depend on stage 3, but on the bank.
+    assert len(rows_after("distill.logits.lr=0.5")) == 9
+    assert shown() != said
+    assert len(rows_after("seed=1")) == 15
+    shown()
+    assert len(rows_after()) == 15 and shown() == said
 
 
 def test_what_selectors_looked_at_is_kept(table, study, tmp_path):
@@ -195,7 +238,7 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     assert regret.main([str(out), *options, "--then", "tpee"]) == 2
     assert "unknown strategy 'tpee'" in capsys.readouterr().err
     # Of finalists that is picked which distils best on other text than it is judged on.
-    regret.main([str(out), *options, "--finalists", "6"])
+    regret.main([str(out), *options, "--finalists", "6", "2"])
     (outcome,) = json.loads(report.read_text(encoding="utf-8"))["outcomes"]
     row = next(r for r in outcome["rows"] if r["strategy"] == "optimum, rung of 6")
     validated = {
@@ -206,9 +249,9 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     best, mean = min(distilled.values()), np.mean(list(distilled.values()))
     assert math.isclose(row["regret"], (distilled[picked] - best) / (mean - best), abs_tol=1e-3)
     assert row["p"] is not None
-    # The study's own rung distils half of the layouts, and what its baselines name.
-    row = next(r for r in outcome["rows"] if r["strategy"] == "default study, rung of 6")
-    assert row["missing"] == 0
+    # The study's own rung distils half of five layouts, and what its baselines name: never six.
+    (row,) = (r for r in outcome["rows"] if r["strategy"].startswith("default study, rung of"))
+    assert row["strategy"] == "default study, rung of 2" and row["missing"] == 0
     # Picks that nobody distilled are named.
     left = [row for row in rows_of(out) if row["kind"] != "distilled"]
     kept = [row for row in rows_of(out) if row["kind"] == "distilled"][:3]
@@ -227,6 +270,22 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     regret.main([str(out), *options, "--finalists", "6", "--missing", str(missing)])
     named = missing.read_text(encoding="utf-8").split()
     assert sorted(named) == sorted(set(zero_shot) - distilled)
+
+
+def test_an_optimum_that_is_computed_is_nobodys_pick(tmp_path):
+    regret, out = load("regret"), tmp_path / "made-up.jsonl"
+    rows = [{"kind": "head", "study": {"budget": {"attention_layers": 2}}}]
+    rows.append({"kind": "stage2", "losses": {str(layer): layer for layer in range(6)}})
+    for kept in itertools.combinations(range(6), 2):
+        layout = ",".join(map(str, kept))
+        rows.append({"kind": "zero_shot", "layout": layout, "stage2_local": 15 - sum(kept)})
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found, how = regret.GroundTruth.read(out), {"seeds": 1, "most": 4, "run_all": map}
+    assert found.best({"stage2_local": 1.0}, 1) == ["4,5"]
+    (picks,) = regret.replay(found, {"stage2_local": 1.0}, "first", **how)
+    assert picks.picks == ["0,1"]
+    with pytest.raises(regret.DataError, match="stage2_local alone is solved exactly"):
+        regret.replay(found, {"stage2_local": 1.0}, "random", **how)
 
 
 def test_a_finalist_is_picked_by_what_the_objective_weighs(table, study, tmp_path):
@@ -412,9 +471,11 @@ def test_the_report_tells_which_score_predicts(tmp_path, monkeypatch, capsys):
                 "recall": -value,
             }
         )
-        for tokens, noise, seeds in ((0, 1.0, 1), (640, 0.05, 3)):
+        for tokens, noise, seeds in ((0, 1.0, 3), (640, 0.05, 3)):
             for seed in range(seeds if i < 30 else 1):
                 kl = value + noise * rng.normal()
+                # A rung would have the first seed alone.
+                kl += 99 * rng.normal() if tokens == 0 and seed > 0 else 0
                 # A budget foretells by the first half of these, and is foretold on the other.
                 blocks = [kl, 9 * rng.normal()] if tokens == 0 else [9 * rng.normal(), kl]
                 found = {"kl": kl, "kl_blocks": 3 * blocks, "recall": value}
@@ -470,23 +531,38 @@ def test_the_report_compares_banks(tmp_path, monkeypatch):
             row = {"kind": "distilled", "bank_seed": 0, "seed": 0, "tokens": 640, "recall": None}
             row |= {"layout": str(i), "kl": value, "kl_blocks": [value, value]}
             file.write(json.dumps(row) + "\n")
-    options = [str(own), "--banks", str(half), str(quarter)]
+    # As many tokens by another recipe.
+    other, report = write("other.jsonl", 64, {0: 99.0}), load("report")
+    options = [str(own), "--banks", str(half), str(quarter), str(other)]
     monkeypatch.setattr(sys, "argv", ["report.py", *options])
-    load("report").main()
+    report.main()
     said = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["banks"]
-    found = {(row["tokens"], row["seed"]): row for row in said}
-    assert set(found) == {(16, 0), (32, 0), (64, 0), (64, 1)}
-    assert found[64, 0]["agreement"] == 1 and found[64, 0]["distilled"] == pytest.approx(1)
-    assert found[64, 1]["agreement"] > 0.95 and found[64, 1]["distilled"] is None
-    assert found[32, 0]["distilled"] > 0.95 and abs(found[16, 0]["agreement"]) < 0.5
+    found = {(row["table"], row["tokens"], row["seed"]): row for row in said}
+    assert set(found) == {(0, 64, 0), (0, 64, 1), (1, 32, 0), (2, 16, 0), (3, 64, 0)}
+    assert found[0, 64, 0]["agreement"] == 1 and found[0, 64, 0]["distilled"] == pytest.approx(1)
+    assert found[0, 64, 1]["agreement"] > 0.95 and found[0, 64, 1]["distilled"] is None
+    assert found[1, 32, 0]["distilled"] > 0.95
+    assert all(abs(found[key]["agreement"]) < 0.5 for key in ((2, 16, 0), (3, 64, 0)))
     assert {(row["layouts"], row["shared"]) for row in said} == {(60, 20)}
+    # Tables that have no layout in common say nothing of each other.
+    rows = rows_of(own)
+    banks = report.compare_banks(rows, rows[:21], [rows[0], *rows[21:41]])
+    assert {(bank.table, bank.seed) for bank in banks} == {(0, 1)}
 
 
-def test_a_search_is_compared_at_equal_distillation(study, tmp_path, capsys):
-    versus = load("versus")
+def test_a_search_is_compared_at_equal_distillation(study, tmp_path, monkeypatch, capsys):
+    versus, blocks = load("versus"), {}
     path, config = study
+
+    def spy(*args, train, config, **kwargs):
+        blocks[config.tokens] = len(train)
+        return distil_layouts(*args, train=train, config=config, **kwargs)
+
+    monkeypatch.setattr(versus, "distil_layouts", spy)
     out = tmp_path / "versus.json"
     fixed = ["search.trials=4", "search.strategy=random", f"output={tmp_path}"]
+    # Nobody has any here.
+    fixed.append("distill.logits.patience=2")
     rivals = ["--rivals", "last", "random", "0,1", "uniform"]
     options = ["--tokens", "128", "--seeds", "0,1", "--out", str(out), *rivals]
     assert versus.main([str(path), *fixed, *options, "--part", "1/2"]) == 2
@@ -500,6 +576,8 @@ def test_a_search_is_compared_at_equal_distillation(study, tmp_path, capsys):
     trials = Workbench(load_study(path, fixed)).result()
     assert said["search_tokens"] == 128 * (len(trials.trials) + len(trials.probes))
     budgets = {128, 128 + said["search_tokens"]}
+    # The text of a budget is its own.
+    assert blocks == {tokens: tokens // 16 for tokens in budgets}
     searched = {(r["layout"], r["tokens"]) for r in rows}
     for line in others:
         layout = ",".join(map(str, line["attention_layers"]))
@@ -539,3 +617,25 @@ def test_intervals_of_several_comparisons_hold_together():
     assert 0.1 < low < mean < high < 0.3, "what both share is no noise"
     _, wider_low, wider_high = one.minus(other, 10)["kl"]
     assert wider_low < low and high < wider_high
+
+
+def test_a_search_becomes_a_table_of_scores(study, tmp_path, monkeypatch, capsys):
+    script = load("scores_table", FOLDER.parent / "benchmarks")
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+
+    def write(name, *overrides):
+        fixed = [f"name={name}", f"output={tmp_path}", "search.baselines=[uniform]"]
+        config = load_study(study[0], [*fixed, *overrides])
+        pipeline.search(config)
+        monkeypatch.setattr(sys, "argv", ["scores_table.py", str(config.run_dir)])
+        return script.main()
+
+    assert write("pareto", "search.pareto=[kl,cache]") == 0
+    said = json.loads((tmp_path / "scores_pareto.json").read_text(encoding="utf-8"))
+    assert said["possible"] == len(said["layouts"]) == 6 and said["objective"] == "kl"
+    for name, *budget in (
+        ["fewer", "budget.attention_layers={at_most: 2}"],
+        ["cached", "budget.cache.mib=1", "budget.cache.context=64"],
+    ):
+        assert write(name, *budget) == 2
+        assert "an exact number of attention layers alone" in capsys.readouterr().err

@@ -545,10 +545,12 @@ def test_the_replay_of_a_table_tells_regrets(tmp_path, capsys, monkeypatch):
     (tmp_path / "table.json").write_text(json.dumps(table))
     out = tmp_path / "replay.json"
     arguments = ["--seeds", "2", "--out", str(out), "--selectors", "swap_one", "greedy"]
-    arguments += ["{name: greedy, direction: remove}"]
-    arguments += ["--strategies", "random", "{name: surrogate, model: additive}"]
-    replay.main([str(tmp_path / "table.json"), "--made-up", "pairs,7,2", "roles,7,2", *arguments])
-    found, *made_up = json.loads(out.read_text())["tables"]
+    arguments += ["{name: greedy, direction: remove}", "stage2_rank"]
+    arguments += ["--strategies", "random", "swaps", "{name: surrogate, model: additive}"]
+    arguments += ["--made-up", "pairs,7,2", "roles,7,2", "roles,7,1"]
+    replay.main([str(tmp_path / "table.json"), *arguments])
+    found, *made_up, single = json.loads(out.read_text())["tables"]
+    assert single["layouts"] == 7 and single["additive_r_squared"] == 1.0
     assert set(found["regret"]) == {"random", "surrogate(model=additive)"}
     assert found["additive_r_squared"] == pytest.approx(1.0)
     for space in made_up:
@@ -573,6 +575,10 @@ def test_the_replay_of_a_table_tells_regrets(tmp_path, capsys, monkeypatch):
     assert "made-up: 2 of 7 layers, 21 layouts, kl" in printed
     # The table has only the others' probes.
     assert printed.count("greedy(direction=remove): left out, made-up: has no value for [") == 1
+    # Nor has any of them stage-2 losses.
+    for label in ("swaps", "stage2_rank"):
+        assert printed.count(f"{label}: left out, made-up: knows no stage-2 losses") == 1
+        assert printed.count(f"{label}: left out, made-up roles: knows no stage-2 losses") == 2
 
 
 def test_a_known_layout_gives_way_to_the_cheapest_unseen_swap():

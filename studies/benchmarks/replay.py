@@ -45,7 +45,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mohawk_nas.config import BudgetConfig, SearchConfig, SpaceConfig, StudyConfig
-from mohawk_nas.errors import DataError
+from mohawk_nas.errors import DataError, RunError
 from mohawk_nas.files import write_json
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.search.budget import Budget
@@ -132,7 +132,7 @@ class Scores:
         return Score(per_block={self.objective: (value,)}, tokens=0, seconds=0.0)
 
     def stage2_losses(self) -> dict[tuple[int, str], float]:
-        raise NotImplementedError("a table of scores knows no stage-2 losses")
+        raise DataError(f"{self.name}: knows no stage-2 losses, but values of whole layouts alone")
 
     @cached_property
     def scale(self) -> tuple[float, float]:
@@ -150,8 +150,11 @@ class Scores:
         layouts, values = self.budget.enumerate(self.space), np.array(self.feasible)
         kept = np.array([[c == ATTENTION for c in x.candidates] for x in layouts], dtype=float)
         kept, values = kept - kept.mean(axis=0), values - values.mean()
-        residual = values - kept @ np.linalg.lstsq(kept, values, rcond=None)[0]
         spare = len(values) - self.num_layers
+        if spare < 1:
+            # As many parameters as layouts explain them all.
+            return 1.0
+        residual = values - kept @ np.linalg.lstsq(kept, values, rcond=None)[0]
         return 1 - float(residual @ residual) / spare / (float(values @ values) / (len(values) - 1))
 
     def expected_random(self, num_layouts: int) -> float:
@@ -260,19 +263,25 @@ def replay(
     seconds: dict[str, float] = {}
     for choice in map(yaml.safe_load, strategies):
         label, began = build_strategy(choice).label, time.perf_counter()
-        curves[label] = []
+        regrets = []
         for seed, table in enumerate(tables):
-            result = table.study(seed=seed, strategy=choice, trials=steps[-1], baselines=[])
+            try:
+                result = table.study(seed=seed, strategy=choice, trials=steps[-1], baselines=[])
+            except (DataError, RunError) as e:
+                print(f"{label}: left out, {e}")
+                break
             best = result.anytime()
-            curves[label].append([table.regret(best[step - 1]) for step in steps])
-        seconds[label] = (time.perf_counter() - began) / (len(tables) * steps[-1])
+            regrets.append([table.regret(best[step - 1]) for step in steps])
+        else:
+            curves[label] = regrets
+            seconds[label] = (time.perf_counter() - began) / (len(tables) * steps[-1])
     picks = {}
     for choice in map(yaml.safe_load, selectors):
         label, found = build_strategy(choice).label, []
         for table in tables if isinstance(first, MadeUp) else tables[:1]:
             try:
                 result = table.study(seed=0, strategy="random", trials=1, baselines=[choice])
-            except DataError as e:
+            except (DataError, RunError) as e:
                 # A table holds the probes of the selectors that its search had.
                 print(f"{label}: left out, {e}")
                 break

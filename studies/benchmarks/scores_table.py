@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from mohawk_nas.errors import RunError
+from mohawk_nas.errors import MohawkError, RunError
 from mohawk_nas.files import write_json
 from mohawk_nas.pipeline import load_best
 from mohawk_nas.search.budget import Budget
@@ -27,18 +27,32 @@ from mohawk_nas.search.study import load_result
 RESULTS = Path(__file__).parent / "results"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of the run")
-    run = parser.parse_args().run
+    try:
+        write(parser.parse_args().run)
+    except MohawkError as error:
+        print(f"scores_table: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def write(run: Path) -> None:
     best = load_best(run)
     # Recall is left out where the teacher solves no probe, whatever the study says.
     written = yaml.safe_load((run / "best.yaml").read_text(encoding="utf-8"))
-    weights = {name: best.study.search.objective[name] for name in written["scores"]["objectives"]}
-    allowed = dataclasses.replace(best.study.search, objective=weights)
+    measured, search = written["scores"]["objectives"], best.study.search
+    weights = {name: weight for name, weight in search.objective.items() if name in measured}
+    pareto = [name for name in search.pareto if name in measured]
+    allowed = dataclasses.replace(search, objective=weights, pareto=pareto)
     config = dataclasses.replace(best.study, search=allowed)
+    kept = config.budget.attention_layers
+    limits = config.budget.cache.mib, config.budget.decode.milliseconds
+    if not isinstance(kept, int) or limits != (None, None):
+        raise RunError(f"{run}: must have a budget of an exact number of attention layers alone")
     space = load_space(config.space, num_layers=len(best.layout))
-    budget = Budget(attention_layers=config.budget.attention_layers)
+    budget = Budget(attention_layers=kept)
     result = load_result(config, space, budget, run_dir=run)
     if len(space.replacements) != 1:
         raise RunError(f"{run}: must hold layouts of a space with one replacement")
@@ -76,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

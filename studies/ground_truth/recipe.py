@@ -10,17 +10,19 @@ keeps recall is found among the best by it: `--by recall --between 0,0.03`. They
 validation split, since a recipe chosen by the test split would flatter what is tested. Of each
 recipe and budget: mean KL and recall, the change of KL in each layout, and the rank correlation
 with the recipe's largest budget. The rows are written to `--out`, and the same command goes on
-where it was stopped.
+where it was stopped; rows of another bank, text or `distill.logits` stay there and are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
+import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,10 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from table import all_or_some, name_of, numbers
+from table import all_or_some, name_of, numbers, to_the_end
 
 from mohawk_nas.audit import measure_on
-from mohawk_nas.config import LogitsConfig, StudyConfig, load_study
+from mohawk_nas.config import LogitsConfig, StudyConfig, load_study, recipe_of
 from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import InputError, MohawkError
 from mohawk_nas.files import RowFile
@@ -40,6 +42,8 @@ from mohawk_nas.reporting import screen
 from mohawk_nas.search.objectives import BankScorer
 from mohawk_nas.search.statistics import spearman
 from mohawk_nas.workbench import Workbench
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError("\n".join(problems))
         out = args.out or Path(__file__).parent / f"recipe_{config.name}.jsonl"
         rows = RowFile(out)
-        measure_all(config, rows, args)
-        show(rows)
+        show(measure_all(config, rows, args))
     except MohawkError as error:
         print(f"recipe: error: {error}", file=sys.stderr)
         return 2
@@ -81,8 +84,8 @@ def shares(text: str) -> tuple[float, float]:
     return first, last
 
 
-def measure_all(config: StudyConfig, rows: RowFile, args: argparse.Namespace) -> None:
-    """Every recipe, budget and seed that the rows lack."""
+def measure_all(config: StudyConfig, rows: RowFile, args: argparse.Namespace) -> Rows:
+    """Every recipe, budget and seed that the rows lack; then all rows of this study."""
     reporter = screen.reporter()
     bench = Workbench(config, reporter)
     bench.bank.train(bench.space.replaceable, reporter=reporter)
@@ -105,13 +108,14 @@ def measure_all(config: StudyConfig, rows: RowFile, args: argparse.Namespace) ->
     del scorer
     places = np.linspace(*args.between, args.layouts) * (len(ranked) - 1)
     layouts = [ranked[round(place)] for place in places]
-    train = bench.training_text(max(args.tokens))
     measure = measure_on(bench, "validation")
     for recipe in ["undistilled", *args.recipes]:
         for tokens in [0] if recipe == "undistilled" else sorted(args.tokens):
             logits = changed(config.distill.logits, recipe, tokens)
+            # A budget's text does not depend on which other budgets there are.
+            train = bench.training_text(tokens)
             for seed in args.seeds if tokens else [0]:
-                row = {"recipe": recipe, "tokens": tokens, "seed": seed}
+                row = keys(bench, recipe, tokens) | {"seed": seed}
                 done = {found["layout"] for found in rows.find(**row)}
                 left = [layout for layout in layouts if name_of(layout) not in done]
                 at_once = bench.students_at_once(logits)
@@ -132,6 +136,19 @@ def measure_all(config: StudyConfig, rows: RowFile, args: argparse.Namespace) ->
                         kl = round(statistics.fmean(figures["kl_blocks"]), 6)
                         named = {"layout": name_of(layout), "kl": kl, "recall": figures["recall"]}
                         rows.add(row | named | {"seconds": seconds})
+    found = [row for row in rows.rows if "identity" in row]
+    return [x for x in found if keys(bench, x["recipe"], x["tokens"]).items() <= x.items()]
+
+
+def keys(bench: Workbench, recipe: str, tokens: int) -> dict[str, Any]:
+    """What a row depends on besides layout and seed."""
+    logits = changed(to_the_end(bench.config.distill.logits), recipe, tokens)
+    return {
+        "recipe": recipe,
+        "tokens": tokens,
+        "logits": recipe_of(logits) if tokens else None,
+        "identity": hashlib.sha256(json.dumps(bench.identity).encode()).hexdigest()[:16],
+    }
 
 
 def changed(logits: LogitsConfig, recipe: str, tokens: int) -> LogitsConfig:
@@ -147,13 +164,13 @@ def changed(logits: LogitsConfig, recipe: str, tokens: int) -> LogitsConfig:
     return dataclasses.replace(logits, **values)
 
 
-def show(rows: RowFile) -> None:
+def show(rows: Rows) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("recipe", "tokens", "KL", "KL change", "recall", "rank corr.", "s a layout"):
         table.add_column(column, justify="left" if column == "recipe" else "right")
     before = means(rows, "undistilled", 0, "kl")
-    for recipe in dict.fromkeys(row["recipe"] for row in rows.rows):
-        budgets = sorted({row["tokens"] for row in rows.find(recipe=recipe)})
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        budgets = sorted({row["tokens"] for row in rows if row["recipe"] == recipe})
         last = means(rows, recipe, budgets[-1], "kl")
         for tokens in budgets:
             kl = means(rows, recipe, tokens, "kl")
@@ -165,7 +182,7 @@ def show(rows: RowFile) -> None:
                 np.array([kl[layout] for layout in shared]),
                 np.array([last[layout] for layout in shared]),
             )
-            found = list(rows.find(recipe=recipe, tokens=tokens))
+            found = rows_of(rows, recipe, tokens)
             shares = [row["recall"] for row in found if row["recall"] is not None]
             table.add_row(
                 recipe or "the study's",
@@ -179,10 +196,14 @@ def show(rows: RowFile) -> None:
     Console().print(table)
 
 
-def means(rows: RowFile, recipe: str, tokens: int, figure: str) -> dict[str, float]:
+def rows_of(rows: Rows, recipe: str, tokens: int) -> Rows:
+    return [row for row in rows if (row["recipe"], row["tokens"]) == (recipe, tokens)]
+
+
+def means(rows: Rows, recipe: str, tokens: int, figure: str) -> dict[str, float]:
     """Layout -> mean over seeds."""
     found: dict[str, list[float]] = {}
-    for row in rows.find(recipe=recipe, tokens=tokens):
+    for row in rows_of(rows, recipe, tokens):
         found.setdefault(row["layout"], []).append(row[figure])
     return {layout: statistics.fmean(values) for layout, values in found.items()}
 

@@ -14,8 +14,9 @@ With `--undistilled` regret is that of the score itself, for which nothing need 
 soon a strategy finds what is best by the objective.
 
 With `--finalists 8` the default study is judged once more with `search.rungs`: it distils the 8
-best that it found and what its baselines name, and picks what is best on the validation split by
-KL, and by recall where the objective holds it. So does `optimum` with its 8 best.
+best of the layouts that it scored, 16 at least, and what its baselines name, and picks what is best
+on the validation split by KL, and by recall where the objective holds it. So does `optimum` with
+its 8 best.
 
 Intervals are bootstrapped over the text's blocks, or the recall probe's sequences, and the
 strategies' seeds. A table that keeps no sequences gives recall the seeds alone, so that where all
@@ -61,7 +62,9 @@ from mohawk_nas.errors import ConfigError, DataError, MohawkError, RunError
 from mohawk_nas.files import write_json
 from mohawk_nas.layout import Layout
 from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.record import is_solved
 from mohawk_nas.search.result import StudyResult
+from mohawk_nas.search.rungs import build_pruner
 from mohawk_nas.search.scoring import Learnt, Score
 from mohawk_nas.search.space import SearchSpace, load_space
 from mohawk_nas.search.strategies.gates import Gates
@@ -441,13 +444,22 @@ def replay(
     most: int,
     run_all: Mapped,
 ) -> list[Picks]:
-    """A strategy's picks after each of AFTER, a selector's at its end."""
+    """A strategy's picks after each of AFTER, a selector's at its end.
+
+    Raises:
+        DataError: The objective leaves a strategy nothing to search.
+    """
     strategy = build_strategy(choice)
     possible = table.budget.count(table.space)
     if isinstance(strategy, Selector):
         result = table.study(objective, seed=0, strategy="random", trials=1, baselines=[choice])
-        looked = {probe.layout for probe in result.probes} | set(result.baselines.values())
-        return [Picks(strategy.label, len(looked), [_name(result.best.layout)])]
+        # An optimum that is computed is a trial too, but not the selector's.
+        named = set(result.baselines.values())
+        best = next(trial.layout for trial in result.ranking if trial.layout in named)
+        looked = {probe.layout for probe in result.probes} | named
+        return [Picks(strategy.label, len(looked), [_name(best)])]
+    if is_solved(SearchConfig(objective=dict(objective))):
+        raise DataError("stage2_local alone is solved exactly, so no strategy has a part in it")
     # One short of the whole space, which a study would enumerate instead.
     steps = sorted({min(step, most, possible - 1) for step in AFTER})
     search = {"strategy": choice, "trials": steps[-1], "baselines": []}
@@ -482,9 +494,10 @@ def default_study(
             count = round(statistics.fmean(counts))
             found.append(Picks("default study", count, [run.best(step) for run in runs]))
             for several in finalists:
-                rungs = RungsConfig(
-                    tokens=[table.tokens], pruner={"name": "halving", "factor": 2, "most": several}
-                )
+                pruner = {"name": "halving", "factor": 2, "most": several}
+                if build_pruner(pruner).limit(step) < several:
+                    continue
+                rungs = RungsConfig(tokens=[table.tokens], pruner=pruner)
                 search = named | {"trials": step, "rungs": rungs}
                 again = list(run_all(partial(_run, table, objective, search), range(seeds)))
                 distilled.append(

@@ -74,6 +74,8 @@ class Seeds:
 class Bank:
     """How scores with another bank order layouts."""
 
+    table: int
+    """0 is the first, then those of `--banks`."""
     tokens: int
     """Of stage 2."""
     seed: int
@@ -129,13 +131,14 @@ def compare_banks(
 
     Those of too few layouts are left out; if none is left, there is nothing to compare.
     """
-    scored: dict[tuple[int, int], dict[str, Mapping[str, float]]] = {}
-    for table in (rows, *others):
+    # Two tables may hold banks of as many tokens that were trained otherwise.
+    scored: dict[tuple[int, int, int], dict[str, Mapping[str, float]]] = {}
+    for number, table in enumerate((rows, *others)):
         tokens = table[0]["study"]["bank"]["hidden"]["tokens"]
         for row in table:
             if row["kind"] == "zero_shot":
-                scored.setdefault((tokens, row["bank_seed"]), {})[row["layout"]] = row
-    own = (rows[0]["study"]["bank"]["hidden"]["tokens"], 0)
+                scored.setdefault((tokens, number, row["bank_seed"]), {})[row["layout"]] = row
+    own = (rows[0]["study"]["bank"]["hidden"]["tokens"], 0, 0)
     first = scored.get(own, {})
     scored = {
         key: found
@@ -146,17 +149,20 @@ def compare_banks(
         return []
     budget = max((row["tokens"] for row in rows if row["kind"] == "distilled"), default=0)
     distilled = by_layout([row for row in rows if row["kind"] == "distilled"], "kl", budget)
-    whole = set.intersection(*(set(found) for key, found in scored.items() if key[1] == 0))
+    whole = set.intersection(*(set(found) for key, found in scored.items() if key[2] == 0))
     # Of one's own seeds there may be few, so they do not cut what the others are compared on.
     layouts = sorted(whole & distilled.keys())
     worth = np.array([np.mean(distilled[layout]) for layout in layouts])
     banks = []
-    for (tokens, seed), found in scored.items():
+    for (tokens, number, seed), found in scored.items():
         same = sorted((whole if seed == 0 else first.keys()) & found.keys())
+        if len(same) < FEWEST:
+            continue
         for score in (name for name in OBJECTIVES if name in found[same[0]]):
             compared = seed == 0 and len(layouts) >= FEWEST
             banks.append(
                 Bank(
+                    table=number,
                     tokens=tokens,
                     seed=seed,
                     score=score,
@@ -281,13 +287,18 @@ def on_validation(
 
 
 def halves(distilled: Sequence[Mapping[str, Any]], tokens: int, *, first: bool) -> dict[str, float]:
-    """Layout -> KL on every other block, of the first bank, averaged over seeds."""
+    """Layout -> KL on every other block, of the first bank.
+
+    The first half, which foretells, of the first seed; the other averaged over seeds.
+    """
     found: dict[str, list[float]] = {}
-    for row in distilled:
+    for row in sorted(distilled, key=lambda row: int(row["seed"])):
         if row["tokens"] == tokens and row["bank_seed"] == 0:
             blocks = row["kl_blocks"][0 if first else 1 :: 2]
             found.setdefault(row["layout"], []).append(float(np.mean(blocks)))
-    return {layout: float(np.mean(values)) for layout, values in found.items()}
+    return {
+        layout: values[0] if first else float(np.mean(values)) for layout, values in found.items()
+    }
 
 
 def show(predictions: Sequence[Prediction], seeds: Sequence[Seeds]) -> None:
@@ -317,12 +328,13 @@ def show_banks(name: str, banks: Sequence[Bank]) -> None:
     title = f"{name}: scores with other banks, their correlation with the table's and with what "
     title += f"{banks[0].shared} layouts distil to"
     table = Table(title=title, box=box.SIMPLE_HEAD)
-    for column in ("tokens", "seed", "score", "layouts", "agreement", "distilled KL"):
+    for column in ("table", "tokens", "seed", "score", "layouts", "agreement", "distilled KL"):
         table.add_column(column, justify="left" if column == "score" else "right")
     for bank in banks:
         truth = "-" if bank.distilled is None else f"{bank.distilled:.3f}"
         figures = (str(bank.layouts), f"{bank.agreement:.4f}", truth)
-        table.add_row(f"{bank.tokens:,}", str(bank.seed), bank.score, *figures)
+        named = (str(bank.table), f"{bank.tokens:,}", str(bank.seed))
+        table.add_row(*named, bank.score, *figures)
     Console(width=110).print(table)
 
 

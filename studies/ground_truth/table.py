@@ -40,7 +40,14 @@ from pathlib import Path
 from typing import Any
 
 from mohawk_nas.audit import choose_layouts, measure_on
-from mohawk_nas.config import OBJECTIVES, StudyConfig, load_study, plain, recipe_of
+from mohawk_nas.config import (
+    OBJECTIVES,
+    LogitsConfig,
+    StudyConfig,
+    load_study,
+    plain,
+    recipe_of,
+)
 from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import InputError, MohawkError, RunError
 from mohawk_nas.files import RowFile
@@ -250,13 +257,18 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
 def settings(config: StudyConfig) -> dict[str, Any]:
     """What the rows depend on; the bank's seed and a distillation's tokens stand in each row."""
     study = plain(config)
-    study["distill"] = {"logits": {**recipe_of(config.distill.logits), "tokens": None}}
+    study["distill"] = {"logits": {**recipe_of(to_the_end(config.distill.logits)), "tokens": None}}
     keys = ("data", "space", "budget", "bank", "distill")
     kept = {key: study[key] for key in keys} | {"search tokens": study["search"]["tokens"]}
     # Where things lie says nothing to anyone else.
     kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("source", "cache")}
     kept["bank"] = {k: v for k, v in kept["bank"].items() if k not in ("path", "checkpoint_steps")}
     return kept
+
+
+def to_the_end(logits: LogitsConfig) -> LogitsConfig:
+    """Stage 3 on all its tokens: nobody looks at the validation split on the way."""
+    return dataclasses.replace(logits, patience=0, min_gain=LogitsConfig.min_gain)
 
 
 def all_or_some(bench: Workbench, count: int | None) -> list[Layout]:
@@ -377,7 +389,6 @@ def distil(
 ) -> None:
     """Every budget and seed that a chosen layout lacks, small budgets first."""
     config, reporter = bench.config, bench.reporter
-    train = bench.training_text(max(args.tokens))
     at_once = args.at_once or bench.students_at_once(config.distill.logits)
     on_test, on_validation = measure_on(bench, "test"), measure_on(bench, "validation")
 
@@ -399,6 +410,8 @@ def distil(
             # Shares are cut before what is done is left out, so that no two processes take one.
             mine = some[args.part[0] :: args.part[1]]
             left = [pair for pair in mine if name_of(pair[1]) not in done]
+            # A budget's text does not depend on which other budgets there are.
+            train = bench.training_text(tokens)
             for start in range(0, len(left), at_once):
                 if time.perf_counter() > until:
                     return

@@ -34,10 +34,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from table import name_of, numbers, part
+from table import name_of, numbers, part, to_the_end
 
 from mohawk_nas import pipeline
-from mohawk_nas.config import StudyConfig, load_study, recipe_of
+from mohawk_nas.config import LogitsConfig, StudyConfig, load_study, recipe_of
 from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import InputError, LayoutError, MohawkError
 from mohawk_nas.files import RowFile, write_json
@@ -106,9 +106,9 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
     wanted = [(searched, tokens)]
     wanted += [(layout, budget) for layout in rivals.values() for budget in (tokens, tokens + own)]
     wanted = [pair for pair in dict.fromkeys(wanted) if pair != (searched, tokens + own)]
-    distil(bench, rows, wanted, args)
-    rows = RowFile(rows.path)
-    recipe = recipe_of(config.distill.logits)
+    logits = to_the_end(config.distill.logits)
+    distil(bench, rows, wanted, logits, args)
+    rows, recipe = RowFile(rows.path), recipe_of(logits)
 
     def found(layout: Layout, budget: int, seed: int) -> Mapping[str, Any] | None:
         keys = {"layout": name_of(layout), "tokens": budget, "seed": seed, "recipe": recipe}
@@ -200,13 +200,11 @@ def distil(
     bench: Workbench,
     rows: RowFile,
     wanted: Sequence[tuple[Layout, int]],
+    logits: LogitsConfig,
     args: argparse.Namespace,
 ) -> None:
     """What this part has of the distillations and the rows lack, students of a budget at once."""
-    # Nobody looks at the validation split on the way.
-    logits = dataclasses.replace(bench.config.distill.logits, patience=0)
     at_once, recipe = bench.students_at_once(logits), recipe_of(logits)
-    train = bench.training_text(max(budget for _, budget in wanted))
     measure = measure_on_test(bench)
     for seed in args.seeds:
         for budget in sorted({budget for _, budget in wanted}):
@@ -215,6 +213,8 @@ def distil(
             done = {row["layout"] for row in rows.find(**keys)}
             mine = layouts[args.part[0] :: args.part[1]]
             left = [layout for layout in mine if name_of(layout) not in done]
+            # A budget's text does not depend on which other budgets there are.
+            train = bench.training_text(budget)
             for start in range(0, len(left), at_once):
                 group = left[start : start + at_once]
                 bench.reporter.say(f"seed {seed}, {budget:,} tokens: {len(left) - start} to go")
