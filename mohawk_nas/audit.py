@@ -30,7 +30,7 @@ from mohawk_nas.metrics import evaluate_blocks
 from mohawk_nas.plan import find_problems
 from mohawk_nas.recall import answers
 from mohawk_nas.reporting import SILENT, Reporter
-from mohawk_nas.runs import check_identity, check_run_dir, only_one
+from mohawk_nas.runs import check_identity, check_run_dir, no_search, only_one
 from mohawk_nas.search import statistics
 from mohawk_nas.search.result import StudyResult
 from mohawk_nas.search.statistics import Fit, Interval, Regret
@@ -157,7 +157,8 @@ def audit(
         hours: No distillation is begun after so long. What earlier commands distilled is kept.
         tokens: Of stage 3 for each layout and seed.
         seeds: Distillations of each layout.
-        layouts: To distil, and what is named besides; None as many as there is time for.
+        layouts: To distil, or more if what is named and drawn is more; None as many as there is
+            time for.
         workers: Processes that distil, besides this one if they are more than one.
         reporter: Told what happens.
 
@@ -165,16 +166,14 @@ def audit(
         The report and the path of its JSON file.
 
     Raises:
-        RunError: There is no finished search, or another audit of it, or too little was distilled
-            to say anything.
+        RunError: There is no finished search, or another audit of it, or too little would be
+            distilled, or was in that time, to say anything.
         TrainingError: All workers have stopped.
     """
     if problems := find_problems(config):
         raise ConfigError(problems)
     if not (config.run_dir / "best.yaml").is_file():
-        raise RunError(
-            f"{config.run_dir}: must hold a finished search, but has no best.yaml; run `search`"
-        )
+        raise no_search(config)
     check_run_dir(config)
     with only_one(config.run_dir):
         bench = Workbench(config, reporter)
@@ -197,6 +196,7 @@ def audit(
             drawn=tuple(drawn),
         )
         rows = folder / "distilled.jsonl"
+        work.check(result, RowFile(rows).rows)
         if took := [
             score.seconds
             for rung in result.rungs
@@ -346,14 +346,39 @@ class _Work:
     drawn: Sequence[Layout]
     """At random, and distilled in any case."""
 
-    def chosen(self, result: StudyResult) -> list[Layout]:
+    def check(self, result: StudyResult, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Raise RunError if all that is to be distilled, and is, would be too little."""
+        chosen = {*self.chosen(result), *(Layout(tuple(row["layout"])) for row in rows)}
+        if len(chosen) >= FEWEST:
+            return
+        needed = f"at least {FEWEST} are needed"
+        most = len(self._scored(result).keys() | set(self.drawn))
+        if most < FEWEST:
+            raise RunError(
+                f"audit of {result.name!r}: only {most} of {result.num_possible:,} layouts are "
+                f"scored or drawn at random; {needed}"
+            )
+        named = {layout for label, layout in self._named(result) if label != "drawn"}
+        raise RunError(
+            f"--layouts: {self.layouts} asked for in all, {len(named)} named by the search and "
+            f"{len(self.drawn)} drawn at random make {len(chosen)} layouts; {needed}"
+        )
+
+    @staticmethod
+    def _scored(result: StudyResult) -> dict[Layout, float]:
         # With attention everywhere there is nothing to distil.
-        scored = {t.layout: t.value for t in result.trials if t.layout.replaced_layers}
+        return {t.layout: t.value for t in result.trials if t.layout.replaced_layers}
+
+    def _named(self, result: StudyResult) -> list[tuple[str, Layout]]:
+        scored = self._scored(result)
         named = [("best", result.best.layout), *result.baselines.items()]
         # What short distillations chose among may hold the truly best.
         named += [("climbed", layout) for rung in result.rungs for layout in rung.climbers]
         named = [(label, layout) for label, layout in named if layout in scored]
-        named += [("drawn", layout) for layout in self.drawn if layout.replaced_layers]
+        return named + [("drawn", layout) for layout in self.drawn if layout.replaced_layers]
+
+    def chosen(self, result: StudyResult) -> list[Layout]:
+        scored, named = self._scored(result), self._named(result)
         # There are no others.
         most = len(scored.keys() | set(self.drawn))
         return list(choose_layouts(scored, named, min(most, self.layouts or most)))
@@ -510,7 +535,7 @@ def _report(
     if len(counts) < FEWEST:
         raise RunError(
             f"only {len(counts)} layouts are distilled, and {FEWEST} are needed to say anything; "
-            "run again with more --hours, and --layouts of as many"
+            "run again with more --hours"
         )
     # As many seeds as half of the layouts have been through: fewer seeds would be noisier, but time
     # may have ended when a second one had just begun.

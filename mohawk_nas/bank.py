@@ -176,6 +176,10 @@ class Bank:
             self._loaded[pair] = mixer
         return self._loaded[pair]
 
+    def release(self) -> None:
+        """Let go of the mixers; those that are asked for again are read from the bank's folder."""
+        self._loaded.clear()
+
     def record(self, layer: int, candidate: str) -> dict[str, Any]:
         """What is known of a finished entry: losses by tokens, seconds, versions."""
         record: dict[str, Any] = read_json(self._record(self.key(layer, candidate)))

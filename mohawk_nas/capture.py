@@ -43,10 +43,12 @@ class LayerCapture:
     """After the rotary embedding, ``(B, H, T, P)``; None unless matrices were asked for."""
     key: Tensor | None
     """After the rotary embedding, ``(B, key-value heads, T, P)``."""
+    scaling: float | None
+    """Of the scores of these two; some families scale the query itself, and have 1 here."""
 
 
 # What the registered attention function reports to: the innermost capture that is running.
-_recorders: list[dict[nn.Module, tuple[Tensor, Tensor]]] = []
+_recorders: list[dict[nn.Module, tuple[Tensor, Tensor, float]]] = []
 
 
 @contextmanager
@@ -70,7 +72,7 @@ def capturing(
     Raises:
         TeacherError: ``matrices`` are asked of a layer whose matrix is not plain causal softmax.
     """
-    recorder: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    recorder: dict[nn.Module, tuple[Tensor, Tensor, float]] = {}
     inputs: dict[nn.Module, Tensor] = {}
     by_module = {view.module: view for view in views}
 
@@ -79,7 +81,7 @@ def capturing(
         inputs[module] = args[0] if args else kwargs["hidden_states"]
 
     def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        query, key = recorder.pop(module, (None, None))
+        query, key, scaling = recorder.pop(module, (None, None, None))
         if matrices and query is None:
             raise TeacherError(
                 f"layer {by_module[module].layer_idx}: {type(module).__name__} does not use "
@@ -94,6 +96,7 @@ def capturing(
                 mask=None if mask is None else mask.bool(),
                 query=query,
                 key=key,
+                scaling=scaling,
             )
         )
 
@@ -166,7 +169,9 @@ def _reporting(implementation: str) -> str:
                     "tokens to 0"
                 )
         if _recorders:
-            _recorders[-1][module] = (query, key)
+            scaling = kwargs.get("scaling")
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            _recorders[-1][module] = (query, key, scaling)
         # Eager attention is not registered: each modelling file brings its own.
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)

@@ -65,6 +65,23 @@ class Exported(StrEnum):
     layout = "layout"
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"mohawk-nas {version('mohawk-nas')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show it.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take what goes with no command."""
+
+
 @app.command()
 def search(
     study: Study,
@@ -110,7 +127,7 @@ def search(
         )
     report = write_report(config.run_dir / "report.html", result, config)
     files = [best, report, *([config.run_dir / "pareto"] if result.pareto else [])]
-    screen.show_result(result, next_command=f"mohawk-nas distill {best}", files=files)
+    screen.show_result(result, config, next_command=f"mohawk-nas distill {best}", files=files)
 
 
 @app.command()
@@ -146,7 +163,12 @@ def audit(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Distillations of each layout.", min=1)] = 2,
     layouts: Annotated[
-        int | None, typer.Option(help="So many, and what is named; all there is time for.", min=1)
+        int | None,
+        typer.Option(
+            help="So many in all, 12 at least; what the search names and 10 at random are always "
+            "among them, however few are asked for. All there is time for if not given.",
+            min=1,
+        ),
     ] = None,
     workers: Annotated[
         int, typer.Option(help="Processes that distil, on the GPUs in turn; 1 distils here.", min=1)
@@ -178,7 +200,8 @@ def distill(
     best: Annotated[
         Path,
         typer.Argument(
-            help="best.yaml, the run's folder, or a study that gives its layout.", metavar="BEST"
+            help="best.yaml, the run's folder, or a study that gives its layout (layout=1,5).",
+            metavar="BEST",
         ),
     ],
     overrides: Overrides = None,
@@ -196,6 +219,7 @@ def distill(
 ) -> None:
     """Distil the chosen layout in full; run again after a stop, and it goes on.
 
+    It writes to distill/ beside the best.yaml that it is given; of a study, to the run's folder.
     SIGTERM or Ctrl-C during stage 3 saves and exits with 75. On several GPUs, or hosts that share
     the run's folder: torchrun --nproc-per-node 4 -m mohawk_nas distill best.yaml
     """
@@ -222,7 +246,7 @@ def distill(
         chosen = pipeline.choose_layout(best, overrides or ())
         pipeline.write_given(chosen, force=force)
         result, folder = pipeline.distill(chosen, reporter=screen.reporter(), force=force)
-    screen.show_distillation(result, next_command=f"mohawk-nas export {folder}")
+    screen.show_distillation(result, folder, next_command=f"mohawk-nas export {folder}")
 
 
 @app.command()
@@ -345,11 +369,21 @@ def generate(
 
 @app.command()
 def validate(study: Study, overrides: Overrides = None) -> None:
-    """List every problem of a study; runs nothing."""
+    """List every problem of a study; runs nothing.
+
+    Settings that cannot be are listed first; only without such is the model looked at.
+    """
     from mohawk_nas.errors import ConfigError
     from mohawk_nas.plan import find_problems
 
-    config = _load(study, overrides)
+    try:
+        config = _load(study, overrides)
+    except ConfigError as e:
+        # A file that cannot be read has a cause.
+        if e.__cause__ is None:
+            more = "The model and the text were not looked at: there may be more problems"
+            e.args = (f"{e}\n{more}",)
+        raise
     if problems := find_problems(config):
         raise ConfigError(problems, source=str(study))
     typer.echo(f"{study}: no problem found")

@@ -136,7 +136,7 @@ class DataConfig:
     validation_tokens: int = 8192
     """Watched while distilling; layouts are compared on them at rungs."""
     test_tokens: int = 8192
-    """Read by ``evaluate`` only."""
+    """Read by ``evaluate`` and ``audit``; nothing is chosen by them."""
     cache: str = "runs/cache"
     """Folder of tokenised text; relative to the working folder."""
     streaming: bool = False
@@ -1024,6 +1024,11 @@ def _check(study: StudyConfig) -> list[str]:
         "bank.hidden.tokens: stage 1 or stage 2 of the bank must have tokens",
     )
     need(
+        distill.start == "bank" or distill.matrix.tokens + distill.hidden.tokens > 0,
+        "distill.hidden.tokens: stage 1 or stage 2 must have tokens where distill.start is "
+        "scratch, since stage 3 alone does not train new mixers; or start from the bank",
+    )
+    need(
         study.bank.checkpoint_steps >= 1,
         f"bank.checkpoint_steps: must be at least 1, but got {study.bank.checkpoint_steps}",
     )
@@ -1036,6 +1041,11 @@ def _check(study: StudyConfig) -> list[str]:
         )
     rate = search.rungs.lr
     need(rate is None or 0 < rate < math.inf, f"search.rungs.lr: must be above 0, but got {rate}")
+    need(
+        rate is None or not rate > 0 or rate >= logits.min_lr,
+        f"search.rungs.lr: must be at least distill.logits.min_lr ({logits.min_lr}), to which it "
+        f"falls, but got {rate}",
+    )
     per_step = short.batch_size * short.accumulate * data.block_size
     need(
         all(tokens >= per_step for tokens in rungs),

@@ -385,7 +385,12 @@ def sample(
 
     Returns:
         ``(B, T + new tokens)``, no longer than the longest sequence.
+
+    Raises:
+        ValueError: ``max_new_tokens`` is below 1.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"sample: `max_new_tokens` must be at least 1, but got {max_new_tokens}")
     decoder.reset()
     tokens = tokens.to(decoder.device)
     processors = LogitsProcessorList()

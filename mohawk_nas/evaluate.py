@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from mohawk_nas.export.hf import load_hybrid
 from mohawk_nas.files import DamagedFile, read_json, write_json
 from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import BlockFigures, Figure, evaluate_blocks
-from mohawk_nas.pipeline import load_best
+from mohawk_nas.pipeline import load_best, mixer_files
 from mohawk_nas.recall import (
     LengthProbe,
     RecallProbe,
@@ -27,7 +28,7 @@ from mohawk_nas.recall import (
     most_positions,
 )
 from mohawk_nas.reporting import SILENT, Reporter
-from mohawk_nas.runs import provenance, set_aside
+from mohawk_nas.runs import check_identity, provenance, set_aside
 from mohawk_nas.student import assemble
 from mohawk_nas.tasks import TaskSuite
 from mohawk_nas.teacher import pick_device
@@ -40,6 +41,7 @@ __all__ = [
     "continue_text",
     "evaluate",
     "find_target",
+    "load_student",
     "record",
     "write_record",
 ]
@@ -122,6 +124,7 @@ class Examination:
             bench.teacher,
             bench.blocks["test"].tokens.flatten().long(),
             [length for length in self.lengths if length not in self.left_out],
+            separator=bench.separator,
             template=None if self.probe is None else self.probe.asked[0][0],
             seed=bench.config.seed,
         )
@@ -222,13 +225,37 @@ def find_target(path: str | Path) -> Target:
 
 def _study_of(card: Path) -> StudyConfig:
     try:
-        return study_from_dict(read_json(card)["study"], source=str(card))
+        study = study_from_dict(read_json(card)["study"], source=str(card))
+        # Files of mixers lie in the folder; exports of earlier versions say where they lay.
+        plugins = [str(card.parent.resolve() / plugin) for plugin in study.plugins]
+        return dataclasses.replace(study, plugins=plugins)
     except DamagedFile as e:
         raise RunError(f"{e}; export it again") from e
     except (KeyError, TypeError) as e:
         raise RunError(
             f"{card}: must be what `export` wrote, but is not ({type(e).__name__}: {e})"
         ) from e
+
+
+def load_student(target: Target, **options: Any) -> Any:
+    """The hybrid of a target that has one; its plugins must have been loaded.
+
+    Args:
+        target: Of which.
+        **options: As for :func:`load_hybrid`.
+
+    Raises:
+        RunError: It cannot be read, or the file of a mixer has changed since it was distilled.
+    """
+    assert target.model is not None
+    model = load_hybrid(target.model, **options)
+    if target.best is not None:
+        check_identity(
+            target.model.parent,
+            mixer_files(model.config.candidates),
+            instead="or distil again with `distill --force`",
+        )
+    return model
 
 
 @torch.no_grad()
@@ -343,7 +370,7 @@ def continue_text(
     """
     bench = Workbench(target.study)
     if target.model is not None:
-        model = load_hybrid(target.model).to(pick_device(target.study.teacher.device))
+        model = load_student(target).to(pick_device(target.study.teacher.device))
         tokenizer = AutoTokenizer.from_pretrained(target.model)
     else:
         assert target.best is not None
@@ -376,7 +403,7 @@ def _models(target: Target, bench: Workbench) -> Iterator[tuple[str, Any]]:
     yield "teacher", bench.teacher.model
     model = None
     if target.model is not None:
-        model = load_hybrid(target.model, dtype=torch.float32).to(bench.teacher.device)
+        model = load_student(target, dtype=torch.float32).to(bench.teacher.device)
     if target.best is not None:
         # A later search may have found another layout than the one that was distilled.
         chosen = load_best(target.best).layout

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from mohawk_nas.config import (
     DistillConfig,
@@ -263,11 +262,16 @@ def _forecast(
                 **held_teacher,
                 **({} if guide is teacher else {"weights of stage 3's own teacher": guides}),
                 "student: weights, masters, gradients, moments": states,
-                "what the backward pass needs": blocks * whole,
+                "what the backward pass needs": blocks
+                * (by_layers if logits.activation_checkpointing else whole),
                 "logits a piece at a time, gradients of these and of the head": head,
             },
             options={
-                "the backward pass with every layer checkpointed": blocks * by_layers,
+                **(
+                    {"the backward pass with every layer checkpointed": blocks * by_layers}
+                    if not logits.activation_checkpointing
+                    else {}
+                ),
                 **(
                     {
                         f"the student sharded over {gpus} GPUs": parts,
@@ -329,7 +333,8 @@ def _blank(teacher: Teacher) -> Teacher:
     if way == "sdpa" and getattr(config, "sliding_window", None) is not None:
         config.sliding_window = None
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=way)
+        # By its own class, which may have come with the teacher.
+        model = type(teacher.model)._from_config(config, attn_implementation=way)
     return Teacher(model, source=teacher.source)
 
 

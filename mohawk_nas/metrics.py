@@ -62,7 +62,9 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def body(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """Last hidden state ``(B, T, D)`` of a causal LM, without its logits and without a cache."""
-    with without_masks(model) if mask is None else nullcontext():
+    # A loaded hybrid is a shell around what it runs.
+    inner = getattr(model, "causal_lm", model)
+    with without_masks(inner) if mask is None else nullcontext():
         out = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
     return out.last_hidden_state  # type: ignore[no-any-return]
 

@@ -36,8 +36,10 @@ from mohawk_nas.errors import ConfigError, LayoutError, RunError, TeacherError, 
 from mohawk_nas.export.hf import describe_candidates, save_hybrid
 from mohawk_nas.files import DamagedFile, atomic_folder, atomic_write, load_tensors, write_json
 from mohawk_nas.layout import ATTENTION, Layout
+from mohawk_nas.mixer import MIXERS
 from mohawk_nas.plan import check_searchable, find_problems
 from mohawk_nas.ranks import first_is_ready, my_share, num_ranks, rank, told_once, wait_for_all
+from mohawk_nas.registry import text_digest
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.reporting.board import missing_package
 from mohawk_nas.runs import (
@@ -47,6 +49,7 @@ from mohawk_nas.runs import (
     check_run_dir,
     claim_identity,
     claim_run_dir,
+    no_search,
     only_one,
     provenance,
     set_aside,
@@ -74,6 +77,7 @@ __all__ = [
     "help_distill",
     "help_search",
     "load_best",
+    "mixer_files",
     "score",
     "search",
     "write_given",
@@ -266,9 +270,7 @@ def score(
     if problems := find_problems(config):
         raise ConfigError(problems)
     if not (config.run_dir / "config.yaml").is_file():
-        raise RunError(
-            f"{config.run_dir}: must hold a finished search, but holds none; run `search`"
-        )
+        raise no_search(config)
     check_run_dir(config)
     bench = Workbench(config, reporter)
     check_identity(config.run_dir, bench.identity)
@@ -479,7 +481,7 @@ def _distill(
     if force and folder.exists():
         set_aside(folder)
     train = _distill_text(bench)
-    identity = {**bench.identity, "seed": best.study.seed}
+    identity = {**bench.identity, **mixer_files(best.candidates), "seed": best.study.seed}
     if best.study.data.streaming:
         # What is cached follows from text of the bank split.
         identity["streamed text"] = train.fingerprint
@@ -513,6 +515,20 @@ def _distill(
     return result, folder
 
 
+def mixer_files(candidates: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What a student's weights depend on of its mixers' files: those of the user's own.
+
+    Args:
+        candidates: As :func:`describe_candidates` gives them.
+    """
+    found = {}
+    for name in sorted({str(choices["mixer"]) for choices in candidates.values()}):
+        mixer = MIXERS.get(name)
+        if not mixer.__module__.startswith("mohawk_nas."):
+            found[f"file of mixer {name}"] = text_digest(mixer)
+    return found
+
+
 def _settings(best: BestLayout) -> dict[str, Any]:
     """What a distillation that goes on must agree with: all that decides more than rounding."""
     config = best.study.distill
@@ -534,9 +550,12 @@ def _train_all_stages(
     bank = _layer_bank(bench, best, folder / "bank", train)
     guide = _guide(bench)
     mode = parallel_mode(config.logits, guide)
-    undistilled = None
-    if bank is not bench.bank and config.start == "bank":
-        undistilled = assemble(bench.teacher, best.layout, bench.bank)
+
+    def undistilled() -> Any:
+        whole = assemble(bench.teacher, best.layout, bench.bank)
+        bench.bank.release()
+        return whole
+
     if mode == "fsdp":
         # Its parts go to the GPU one by one.
         student = assemble(bench.teacher, best.layout, bank, share=False).cpu().float()
@@ -548,6 +567,8 @@ def _train_all_stages(
             config.logits.trainable,
             taught_in=guide.model.dtype,
         )
+    # The student has its own by now.
+    bank.release()
     if mode != "one":
         how = "DDP" if mode == "ddp" else "FSDP2"
         bench.reporter.say(f"stage 3 is shared by {num_ranks()} processes ({how})")
@@ -555,7 +576,9 @@ def _train_all_stages(
         result = distill_logits(
             guide,
             student,
-            undistilled=undistilled,
+            undistilled=(
+                undistilled if bank is not bench.bank and config.start == "bank" else None
+            ),
             train=train,
             validation=bench.blocks["validation"],
             config=config.logits,
@@ -569,8 +592,9 @@ def _train_all_stages(
         raise told_once(RunError(f"{e}; use --force to set {folder} aside and start anew")) from e
     if mode == "fsdp" and rank() == 0:
         # Of a large teacher only parts are here, too.
-        del undistilled, guide
+        del guide
         bench.release()
+        bank.teacher = bench.teacher
         student = assemble(bench.teacher, best.layout, bank, share=False).cpu().float()
         student.load_state_dict(load_tensors(folder / "best.safetensors"), strict=False)
     return result, student, bank

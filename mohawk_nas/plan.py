@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CONFIG_MAPPING
 
 from mohawk_nas.config import StudyConfig
 from mohawk_nas.data import find_parts
 from mohawk_nas.distill.trainer import num_steps
-from mohawk_nas.errors import ConfigError, InputError, LayoutError, TeacherError
+from mohawk_nas.errors import ConfigError, InputError, LayoutError, MixerError, TeacherError
 from mohawk_nas.mixer import Mixer, MixerConfig
 from mohawk_nas.registry import load_plugin
 from mohawk_nas.reporting.board import missing_package
@@ -57,6 +58,12 @@ def find_problems(config: StudyConfig) -> list[str]:
         if str(e) not in problems:
             problems.append(str(e))
         return problems + check_search(config.search)
+    if (kind := teacher.model.config.model_type) not in CONFIG_MAPPING:
+        problems.append(
+            f"teacher.source: {config.teacher.source} is of type {kind!r}, which transformers "
+            "itself does not have, so a student of it could not be saved; name a teacher of a type "
+            "that it has"
+        )
     problems += _guide_problems(config, teacher)
     if config.data.block_size > teacher.context:
         problems.append(
@@ -181,7 +188,10 @@ def _on_meta(space: SearchSpace, teacher: Teacher, name: str) -> Mixer:
     with torch.device("meta"):
         mixer = config.build(teacher.views[0])
         if config.init == "attention":
-            mixer.init_from_attention(teacher.views[0])
+            try:
+                mixer.init_from_attention(teacher.views[0])
+            except MixerError as e:
+                raise ConfigError(f"space.candidates.{name}.init: {e}") from e
     return mixer
 
 
@@ -297,7 +307,7 @@ def make_plan(config: StudyConfig) -> Plan:
         "search, learning": sum(plan.learning.values())
         * (3 * (forward + head) + 2 * mixers / len(space.replacements)),
     }
-    logits = config.distill.logits
+    distill, logits = config.distill, config.distill.logits
     # The student's passes alone: several share the teacher's.
     flops["rungs"] = 3 * (forward + head) * sum(n * count for n, count in plan.rungs.items())
     entry_params = sum(params[name] for name in entries)
@@ -314,7 +324,11 @@ def make_plan(config: StudyConfig) -> Plan:
         },
         search=plan,
         score_tokens=config.search.tokens,
-        distill_tokens={"hidden": config.distill.hidden.tokens, "logits": logits.tokens},
+        distill_tokens={
+            **({"matrix": distill.matrix.tokens} if distill.start == "scratch" else {}),
+            "hidden": distill.hidden.tokens,
+            "logits": logits.tokens,
+        },
         memory_bytes={
             "teacher": model_params * element,
             # Weights, gradients and the optimizer's two moments, in float32.

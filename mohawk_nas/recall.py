@@ -198,26 +198,33 @@ class LengthProbe(Questions):
 
 
 def make_probe(
-    teacher: Teacher, split: Split, *, num_sequences: int | None = None, seed: int = 0
+    teacher: Teacher,
+    split: Split,
+    *,
+    separator: int | None,
+    num_sequences: int | None = None,
+    seed: int = 0,
 ) -> RecallProbe | None:
     """What the teacher solves of a split: its templates, each in all sizes up to where it fails.
 
     Args:
         teacher: Answers first.
         split: Whose templates and words are taken.
+        separator: Token in front of each document, and of each sequence; None puts nothing there.
         num_sequences: S, dealt out evenly; None takes ``NUM_SEQUENCES``.
         seed: Of the words drawn.
 
     Returns:
         None if it solves none.
     """
-    words, start = _words(teacher, split), _start(teacher)
+    words = _words(teacher, split)
+    start = [] if separator is None else [separator]
     written = [(template, _glue(teacher, template)) for template in TEMPLATES[split]]
     solved = [
         (template, glue, num_pairs)
         for template, glue in written
         if glue is not None
-        for num_pairs in _sizes(teacher, glue, words, f"{seed} {split} {template}")
+        for num_pairs in _sizes(teacher, glue, words, start, f"{seed} {split} {template}")
     ]
     if not solved:
         return None
@@ -246,6 +253,7 @@ def _sizes(
     teacher: Teacher,
     glue: tuple[list[int], list[int], list[int]],
     words: Sequence[int],
+    start: list[int],
     seed: str,
 ) -> Iterator[int]:
     """Numbers of pairs with which the teacher solves a template."""
@@ -254,7 +262,7 @@ def _sizes(
             return
         # Others than are asked later, which this choice would favour.
         rng = random.Random(f"{seed} {num_pairs} tried")
-        tokens, positions = _rows(words, _start(teacher), glue, num_pairs, NUM_TRIED, rng)
+        tokens, positions = _rows(words, start, glue, num_pairs, NUM_TRIED, rng)
         if tokens.shape[1] > teacher.context:
             return
         tried = Questions(tokens=tokens, positions=positions)
@@ -284,6 +292,7 @@ def make_length_probes(
     text: Tensor,
     lengths: Sequence[int],
     *,
+    separator: int | None,
     template: Template | None = None,
     num_sequences: int = LENGTH_SEQUENCES,
     seed: int = 0,
@@ -297,6 +306,7 @@ def make_length_probes(
         text: Prose to stand in between, tokens ``(N,)``; used again from its start where it is
             shorter than a sequence.
         lengths: T of each, in tokens.
+        separator: Token in front of each document, and of each sequence; None puts nothing there.
         template: How a pair is written; None takes the test split's first.
         num_sequences: S.
         seed: Of words and passages.
@@ -304,6 +314,7 @@ def make_length_probes(
     Raises:
         InputError: A length leaves no room for the questions.
     """
+    start = [] if separator is None else [separator]
     glue = _glue(teacher, template or TEMPLATES["test"][0])
     assert glue is not None
     probes = []
@@ -313,9 +324,9 @@ def make_length_probes(
         seen, words = set(prose.flatten().tolist()), _words(teacher, "test")
         unseen = [word for word in words if word not in seen]
         words = unseen if len(unseen) >= 2 * NUM_PAIRS[0] else words
-        probes.append(_pairs_at_distance(words, _start(teacher), glue, prose, rng))
+        probes.append(_pairs_at_distance(words, start, glue, prose, rng))
         for depth in DEPTHS:
-            probes.append(_needle(teacher, words, prose, depth, rng))
+            probes.append(_needle(teacher, words, start, prose, depth, rng))
     return probes
 
 
@@ -360,12 +371,17 @@ def _pairs_at_distance(
 
 
 def _needle(
-    teacher: Teacher, words: Sequence[int], prose: Tensor, depth: float, rng: random.Random
+    teacher: Teacher,
+    words: Sequence[int],
+    start: list[int],
+    prose: Tensor,
+    depth: float,
+    rng: random.Random,
 ) -> LengthProbe:
     cue, end = (
         teacher.tokenizer.encode(part, add_special_tokens=False) for part in (FACT, FACT_END)
     )
-    start, length = _start(teacher), prose.shape[1]
+    length = prose.shape[1]
     room = length - len(start) - 2 * len(cue) - len(end) - 2
     if room < 0:
         raise InputError(
@@ -412,14 +428,6 @@ def _rows(
         rows.append(row)
     scored = positions[num_pairs + NUM_EXAMPLES :]
     return torch.tensor(rows), torch.tensor([scored] * num_sequences)
-
-
-def _start(teacher: Teacher) -> list[int]:
-    """The token that a document begins with, if the tokenizer has one."""
-    for token in ("bos_token_id", "eos_token_id"):
-        if (number := getattr(teacher.tokenizer, token, None)) is not None:
-            return [number]
-    return []
 
 
 def _glue(teacher: Teacher, template: Template) -> tuple[list[int], list[int], list[int]] | None:

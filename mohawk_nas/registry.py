@@ -7,6 +7,7 @@ nothing. A third party registers by an entry point or in a file that the study n
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import importlib
 import importlib.metadata
@@ -21,6 +22,8 @@ from typing import Any, Generic, TypeVar
 from mohawk_nas.errors import ConfigError, MohawkError, RegistryError, did_you_mean
 
 T = TypeVar("T")
+
+_PLUGIN = "mohawk_nas_plugin_"
 
 
 class Registry(Generic[T]):
@@ -83,7 +86,7 @@ class Registry(Generic[T]):
             known = self.names()
             raise RegistryError(
                 f"unknown {self.kind} {name!r}; available: {', '.join(known)}."
-                f"{did_you_mean(name, known)}"
+                f"{did_you_mean(name, known)} (One of your own must be named under `plugins`.)"
             )
         return self._items[name]
 
@@ -138,7 +141,8 @@ class Registry(Generic[T]):
 def load_plugin(path: Path) -> None:
     """Import a user's Python file, so that what it registers takes part like a built-in.
 
-    The file is imported once per process, under a name made from its resolved path.
+    The file is imported once per process, under a name made from its resolved path. A copy of one
+    that is imported already, such as an export holds, is the same plugin.
 
     Raises:
         ConfigError: The file does not exist or cannot be imported.
@@ -146,8 +150,11 @@ def load_plugin(path: Path) -> None:
     path = path.resolve()
     if not path.is_file():
         raise ConfigError(f"plugins: {path} must be a Python file, but there is none")
-    name = f"mohawk_nas_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    if name in sys.modules:
+    name = f"{_PLUGIN}{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    present = [str(m.__file__) for n, m in sys.modules.items() if n.startswith(_PLUGIN)]
+    if name in sys.modules or any(
+        Path(file).is_file() and filecmp.cmp(file, path, shallow=False) for file in present
+    ):
         return
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -162,6 +169,12 @@ def load_plugin(path: Path) -> None:
         reason = "" if isinstance(e, MohawkError) else f"{type(e).__name__}: "
         reason += " ".join(str(e).split())
         raise ConfigError(f"plugins: importing {path} failed: {reason}") from e
+
+
+def text_digest(item: type[Any]) -> str:
+    """Digest of the text of the file that a class comes from."""
+    source = inspect.getsource(inspect.getmodule(item) or item)
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def _origin(item: type[Any]) -> str:

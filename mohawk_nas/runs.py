@@ -26,6 +26,7 @@ __all__ = [
     "check_run_dir",
     "claim_identity",
     "claim_run_dir",
+    "no_search",
     "only_one",
     "provenance",
     "set_aside",
@@ -97,6 +98,15 @@ def claim_run_dir(config: StudyConfig, *, force: bool) -> None:
         beside.write_text(dump(config), encoding="utf-8")
     history = folder / RUN_RECORDS[1]
     write_json(history, [*(read_json(history) if history.is_file() else []), provenance()])
+
+
+def no_search(config: StudyConfig) -> RunError:
+    """What to say where a study's search is not in its folder."""
+    where = "" if Path(config.output).is_absolute() else " (`output` starts at the working folder)"
+    return RunError(
+        f"{config.run_dir.absolute()}: must hold a finished search, but holds none; run "
+        f"`search`{where}"
+    )
 
 
 def check_run_dir(config: StudyConfig) -> None:
@@ -174,8 +184,13 @@ def claim_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     write_json(folder / IDENTITY, dict(identity))
 
 
-def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
-    """The check of :func:`claim_identity` alone."""
+def check_identity(
+    folder: Path,
+    identity: Mapping[str, Any],
+    *,
+    instead: str = "give the study another name, or use --force to set the old run aside",
+) -> None:
+    """The check of :func:`claim_identity` alone; ``instead`` is what else can be done."""
     record = folder / IDENTITY
     if not record.is_file() or _holds_nothing_but(folder, (*RUN_RECORDS, DISTILL_RECORD)):
         return
@@ -186,10 +201,9 @@ def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     # What was not known then, such as a text that only rungs read, is no change.
     changed = [name for name in identity if old.get(name, identity[name]) != identity[name]]
     if changed:
-        listed = " and another ".join(changed)
         raise RunError(
-            f"{folder}: was begun with another {listed}; results of both would be mixed. Restore "
-            "it, give the study another name, or use --force to set the old run aside"
+            f"{folder}: what it was begun with has changed ({'; '.join(changed)}), and results of "
+            f"both would be mixed. Restore it, {instead}"
         )
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.mixer import Mixer, MixerState
 from mohawk_nas.precision import run_mixer
-from mohawk_nas.teacher import Slot, Teacher, find_attention
+from mohawk_nas.teacher import Slot, Teacher, called_body, find_attention
 
 __all__ = [
     "MixerSlot",
@@ -49,6 +51,9 @@ class Padding:
 
     def remember(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model's body."""
+        if getattr(body.forward, "is_stub", False):
+            # Logits are made of a hidden state: no pass of the mixers.
+            return
         mask = kwargs.get("attention_mask")
         if len(args) > 1:
             bound = inspect.signature(body.forward).bind_partial(*args, **kwargs)
@@ -59,6 +64,28 @@ class Padding:
                 f"(batch, tokens), but got {getattr(mask, 'shape', type(mask).__name__)}"
             )
         self.mask = mask
+        if not body.training:
+            return
+        # What backward runs again must not meet the mask of a later pass.
+        for module in body.modules():
+            again = getattr(module, "_gradient_checkpointing_func", None)
+            if again is not None and getattr(again, "func", None) != self._checkpoint:
+                module._gradient_checkpointing_func = partial(self._checkpoint, again)  # type: ignore[assignment]
+
+    def _checkpoint(
+        self, checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any
+    ) -> Any:
+        """Checkpoint a layer, with the same mask whenever it runs."""
+        mask = self.mask
+
+        def masked(*args: Any) -> Any:
+            others, self.mask = self.mask, mask
+            try:
+                return run(*args)
+            finally:
+                self.mask = others
+
+        return checkpoint(masked, *args)
 
     def of_last(self, num_tokens: int) -> Tensor | None:
         """True at real tokens among the newest ones, ``(B, num_tokens)``."""
@@ -154,7 +181,11 @@ def is_trained(name: str, which: str, *, in_mixer: bool = False) -> bool:
         which: ``mixers``, ``all_but_mlp`` or ``all``.
         in_mixer: Whether it belongs to one of the student's new mixers.
     """
-    is_mlp = any(word in part for part in name.split(".") for word in ("mlp", "feed_forward"))
+    parts = name.split(".")
+    # OPT's layers hold theirs without a module around them.
+    is_mlp = any(
+        part in ("fc1", "fc2") or "mlp" in part or "feed_forward" in part for part in parts
+    )
     return which == "all" or in_mixer or (which == "all_but_mlp" and not is_mlp)
 
 
@@ -179,7 +210,7 @@ class SwitchableStudent:
         self._slots = teacher.slots
         self._attention = [slot.get(self.model) for slot in teacher.slots]
         self._padding = Padding()
-        self.model.base_model.register_forward_pre_hook(self._padding.remember, with_kwargs=True)
+        called_body(self.model).register_forward_pre_hook(self._padding.remember, with_kwargs=True)
 
     @torch.no_grad()
     def switch(self, layout: Layout) -> list[nn.Module]:
@@ -227,5 +258,5 @@ def install_mixers(model: Any, mixers: dict[int, Mixer], slots: list[Slot] | Non
     padding = Padding()
     for i, mixer in mixers.items():
         slots[i].put(model, MixerSlot(mixer, layer_idx=i, padding=padding))
-    model.base_model.register_forward_pre_hook(padding.remember, with_kwargs=True)
+    called_body(model).register_forward_pre_hook(padding.remember, with_kwargs=True)
     return model

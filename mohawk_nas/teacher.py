@@ -255,17 +255,24 @@ def cache_name(model: Any) -> str:
     return "cache" if "cache" in known else "past_key_values"
 
 
+def called_body(model: Any) -> Any:
+    """The module whose result a causal LM's head takes: its body, or OPT's decoder inside that."""
+    return getattr(model.base_model, "decoder", model.base_model)
+
+
 def logits_from_hidden(model: Any, hidden: Tensor) -> Tensor:
     """Logits ``(B, T, V)`` that a causal LM makes of its body's result ``(B, T, D)``.
 
     The model's own forward runs with its body replaced by ``hidden``, so whatever a family does
     after the body (soft caps, scales, biases) is done as it does it.
     """
-    body = model.base_model
+    body = called_body(model)
 
     def stub(*args: object, **kwargs: object) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=hidden)
 
+    # For whoever looks at what the body is given.
+    stub.is_stub = True  # type: ignore[attr-defined]
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     body.forward = stub
     try:
@@ -408,7 +415,9 @@ def _build(config: TeacherConfig, **options: Any) -> Any:
     """The architecture, with random weights."""
     architecture = load_architecture(config)
     try:
-        return AutoModelForCausalLM.from_config(architecture, **options)
+        return AutoModelForCausalLM.from_config(
+            architecture, trust_remote_code=config.trust_remote_code, **options
+        )
     except Exception as e:
         raise TeacherError(
             f"teacher.source: {config.source} must be a causal language model with attention, but "
@@ -559,7 +568,7 @@ _FUNCTION = (
 
 
 def _fingerprint(model: Any) -> str:
-    # Names, shapes and up to 1,024 evenly spaced values of each weight: different weights differ
+    # Names, shapes and at most 2,047 evenly spaced values of each weight: different weights differ
     # there, and a model of many gigabytes is read in a moment.
     digest = hashlib.sha256(type(model).__name__.encode())
     # Of the configuration only what changes the function: which of the rest is written, and under

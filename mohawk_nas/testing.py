@@ -3,7 +3,10 @@
     from mohawk_nas.testing import MixerContract
 
     class TestMyMixer(MixerContract):
-        config = MyConfig(width=8)
+        config = MyConfig(width=8, init="random")
+
+A mixer either overrides ``init_from_attention`` or is given ``init="random"``, here and, as
+``init: random``, in the study.
 
 For readable failures register this module with ``pytest.register_assert_rewrite`` in a conftest.
 
@@ -13,6 +16,7 @@ B batch, T tokens, H heads, P head width, D model width.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -109,10 +113,20 @@ class MixerContract:
 
     def mixer(self, *, trained: bool = True) -> Mixer:
         """The mixer as built, or as some training might have left it."""
-        mixer = build_mixer(self.config, self.view(), seed=0)
+        mixer = self._build(self.view(), seed=0)
         if trained:
             perturb(mixer, scale=0.2)
         return mixer
+
+    def _build(self, view: AttentionView, *, seed: int) -> Mixer:
+        try:
+            return build_mixer(self.config, view, seed=seed)
+        except MixerError:
+            if self.config.init != "attention":
+                raise
+            # One test tells that it cannot start so; the others are about the mixer.
+            config = dataclasses.replace(self.config, init="random")
+            return build_mixer(config, view, seed=seed)
 
     def hidden(self, batch: int = 3, length: int = 17, *, seed: int = 0) -> Tensor:
         """Input of a layer, ``(batch, length, D)``."""
@@ -422,7 +436,7 @@ class MixerContract:
         view = self.view()
         before = copy.deepcopy(view.module.state_dict())
         frozen = {name: p.requires_grad for name, p in view.module.named_parameters()}
-        mixer = build_mixer(self.config, view, seed=0)
+        mixer = self._build(view, seed=0)
         assert all(p.requires_grad for p in mixer.parameters())
         perturb(mixer, scale=0.2)
         after = view.module.state_dict()
@@ -431,14 +445,22 @@ class MixerContract:
 
     def test_seed_decides(self) -> None:
         view, around = self.view(), torch.get_rng_state()
-        first = build_mixer(self.config, view, seed=3).state_dict()
+        first = self._build(view, seed=3).state_dict()
         torch.rand(5)
-        again = build_mixer(self.config, view, seed=3).state_dict()
+        again = self._build(view, seed=3).state_dict()
         assert first.keys() == again.keys()
         assert all(torch.equal(first[name], again[name]) for name in first)
         torch.set_rng_state(around)
-        build_mixer(self.config, view, seed=3)
+        self._build(view, seed=3)
         assert torch.equal(torch.get_rng_state(), around), "the global random state has moved"
+
+    def test_init_can_be(self) -> None:
+        mixer = type(self.mixer(trained=False))
+        never = mixer.init_from_attention is Mixer.init_from_attention
+        assert not never or self.config.init != "attention", (
+            f"{mixer.__name__} cannot start from attention: override init_from_attention, or test "
+            'it with init="random" and give its candidate `init: random` in the study'
+        )
 
     @pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
     @torch.no_grad()
@@ -449,7 +471,9 @@ class MixerContract:
         try:
             mixer.init_from_attention(view)
         except MixerError:
-            assert self.config.init != "attention", "`init: attention` is not supported"
+            # One that never starts so is told of once, above.
+            never = type(mixer).init_from_attention is Mixer.init_from_attention
+            assert never or self.config.init != "attention", "`init: attention` is not supported"
             pytest.skip("this mixer does not start from attention")
         hidden = self.hidden()
         assert bool(torch.isfinite(mixer(hidden)).all())

@@ -20,7 +20,7 @@ import torch
 from mohawk_nas import recall
 from mohawk_nas.bank import Bank
 from mohawk_nas.config import LogitsConfig, StudyConfig, short_recipe
-from mohawk_nas.data import BlockOrder, TokenBlocks, load_blocks
+from mohawk_nas.data import BlockOrder, TokenBlocks, find_separator, load_blocks
 from mohawk_nas.distill.several import distil_layouts, students_at_once
 from mohawk_nas.distill.trainer import num_steps
 from mohawk_nas.errors import ConfigError, TeacherError
@@ -143,6 +143,11 @@ class Workbench:
         needed = {"bank": max(tokens, self.config.data.block_size)}
         return load_blocks(self.config.data, self.teacher.tokenizer, needed=needed)["bank"]
 
+    @property
+    def separator(self) -> int:
+        """The token in front of each document."""
+        return find_separator(self.config.data, self.teacher.tokenizer)
+
     @cached_property
     def bank(self) -> Bank:
         return Bank(
@@ -186,7 +191,9 @@ class Workbench:
             # As many questions to each block of a split on which layouts are compared.
             blocks = len(self.blocks[split]) if split in ("search", "validation") else 1
             sequences = -(-recall.NUM_SEQUENCES[split] // blocks) * blocks
-            self._probes[split] = recall.make_probe(self.teacher, split, num_sequences=sequences)
+            self._probes[split] = recall.make_probe(
+                self.teacher, split, separator=self.separator, num_sequences=sequences
+            )
         return self._probes[split]
 
     @cached_property

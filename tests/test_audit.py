@@ -13,7 +13,7 @@ import pytest
 from tiny_study import make_study, make_teacher, make_text
 from typer.testing import CliRunner
 
-from mohawk_nas.audit import _report, audit, choose_layouts, expected_interval
+from mohawk_nas.audit import _report, _Work, audit, choose_layouts, expected_interval
 from mohawk_nas.cli import app
 from mohawk_nas.config import dump
 from mohawk_nas.errors import InputError, RunError, TrainingError
@@ -64,10 +64,17 @@ def rows_of(config):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_an_audit_goes_on_and_reports(study, tmp_path):
-    with pytest.raises(RunError, match="only 5 layouts are distilled"):
-        # What the baselines name is distilled in any case.
+def test_an_audit_goes_on_and_reports(study, tmp_path, monkeypatch):
+    # What the baselines name is distilled in any case; too few are refused before any is.
+    few = "1 asked for in all, 5 named by the search and 0 drawn at random make 5 layouts; "
+    with pytest.raises(RunError, match=few):
         audit(study, hours=1, tokens=256, layouts=1, seeds=1)
+    assert not (study.run_dir / "audit" / "distilled.jsonl").exists()
+    with monkeypatch.context() as patched:
+        # As where time is up before there are enough.
+        patched.setattr(_Work, "check", lambda *args: None)
+        with pytest.raises(RunError, match=r"only 5 layouts are distilled.* more --hours$"):
+            audit(study, hours=1, tokens=256, layouts=1, seeds=1)
     listener = Listener()
     report, path = audit(study, hours=1, tokens=256, reporter=listener)
     outlook = next(line for line in listener.said if line.startswith("a distillation takes"))
@@ -257,6 +264,14 @@ def test_the_teacher_itself_is_not_audited(tmp_path):
     assert report.layouts == 15 and report.best.replaced_layers
     (trust,) = report.trusts
     assert trust.regret is None, "what the search chose was not distilled"
+
+
+def test_a_space_of_few_layouts_is_refused_before_any_is_distilled(tmp_path):
+    config = make_study(tmp_path)
+    search(config)
+    with pytest.raises(RunError, match="only 6 of 6 layouts are scored or drawn at random; at le"):
+        audit(config, hours=1, tokens=256, seeds=1)
+    assert not (config.run_dir / "audit" / "distilled.jsonl").exists()
 
 
 def test_tokens_of_less_than_a_step_are_refused(study, tmp_path):

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import pytest
@@ -234,10 +235,11 @@ def test_validate_lists_every_problem_at_once(study, call):
     ]
     for problem, start in zip(problems, starts, strict=True):
         assert problem.startswith(f"  - {start}")
-    # Wrong keys keep the rest from being looked at, and are all told too.
+    # Wrong keys keep the rest from being looked at, are all told too, and it is said.
     code, _, err = call("validate", study, "search.trails=1", "seed=x", "bank.hidden.lr=0")
     assert code == 2
-    assert len(err.splitlines()) == 4
+    assert len(err.splitlines()) == 5
+    assert err.endswith("\nThe model and the text were not looked at: there may be more problems\n")
 
 
 def test_validate_says_when_there_is_nothing_to_say(study, call):
@@ -634,6 +636,20 @@ def test_score_before_search(study, tmp_path, refuse):
     assert refuse("score", study, "--layout", "0,1") == (
         f"{tmp_path}/runs/tiny: must hold a finished search, but holds none; run `search`"
     )
+
+
+def test_a_relative_output_is_told_whole(study, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (["score", study, "--layout", "0,1"], ["audit", study]):
+        _, _, err = call(*command, "output=elsewhere")
+        assert err == (
+            f"mohawk-nas: {tmp_path}/elsewhere/tiny: must hold a finished search, but holds none; "
+            "run `search` (`output` starts at the working folder)\n"
+        )
+
+
+def test_the_version_is_told(call):
+    assert call("--version") == (0, f"mohawk-nas {version('mohawk-nas')}\n", "")
 
 
 def test_distil_before_search(tmp_path, refuse):

@@ -266,6 +266,16 @@ STAGES = ["bank.matrix", "bank.hidden", "distill.matrix", "distill.hidden", "dis
             "bank.hidden.tokens=0",
             "bank.hidden.tokens: stage 1 or stage 2 of the bank must have tokens",
         ),
+        (
+            "distill.start=scratch",
+            "distill.hidden.tokens: stage 1 or stage 2 must have tokens where distill.start is "
+            "scratch, since stage 3 alone does not train new mixers; or start from the bank",
+        ),
+        (
+            "search.rungs.lr=1e-9",
+            "search.rungs.lr: must be at least distill.logits.min_lr (1e-08), to which it falls, "
+            "but got 1e-09",
+        ),
         ("bank.checkpoint_steps=0", "bank.checkpoint_steps: must be at least 1, but got 0"),
         (
             "distill.logits.hard_label_weight=1.1",
@@ -588,4 +598,5 @@ def test_configurations_are_frozen():
 
 
 def test_distill_from_is_its_start():
-    assert study(distill={"from": "scratch"}).distill.start == "scratch"
+    some = {"from": "scratch", "hidden": {"tokens": 4096}}
+    assert study(distill=some).distill.start == "scratch"

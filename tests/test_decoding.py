@@ -422,6 +422,8 @@ def test_what_does_not_fit_is_refused():
     decoder.step(tokens[:, 0])
     with pytest.raises(ValueError, match="10 are"):
         decoder.step(tokens[:, 0])
+    with pytest.raises(ValueError, match="`max_new_tokens` must be at least 1, but got 0"):
+        sample(decoder, tokens, max_new_tokens=0)
     with pytest.raises(ValueError, match="`max_length >= 1` must hold"):
         Decoder(student, batch=1, max_length=0)
 

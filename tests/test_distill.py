@@ -1,21 +1,26 @@
 import copy
 import dataclasses
+import gc
 import json
+import math
+import weakref
 
 import pytest
 import torch
 from tiny_study import make_study
 
 from mohawk_nas.config import LogitsConfig, StageConfig
+from mohawk_nas.distill import logits
 from mohawk_nas.distill.logits import LogitsTrainer, distill_logits, trainable_parameters
 from mohawk_nas.distill.logits_trainer import student_to_train
 from mohawk_nas.distill.losses import logits_loss, loss_of_hidden
 from mohawk_nas.distill.optimizer import ClippedAdamW, learning_rate
+from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import TrainingError
 from mohawk_nas.files import load_tensors
 from mohawk_nas.layout import Layout
 from mohawk_nas.reporting import SILENT, Silent
-from mohawk_nas.student import assemble
+from mohawk_nas.student import assemble, is_trained
 from mohawk_nas.teacher import Teacher
 from mohawk_nas.workbench import Workbench
 
@@ -122,6 +127,7 @@ def test_what_is_trained(bench):
     assert {name.split(".")[2] for name in mixers} == {"1", "3"}
     without_mlp = trainable_parameters(student, "all_but_mlp")
     assert not [name for name in without_mlp if ".mlp." in name]
+    assert not is_trained("model.decoder.layers.0.fc1.weight", "all_but_mlp")
     everything = trainable_parameters(student, "all")
     assert set(mixers) < set(without_mlp) < set(everything)
     assert set(everything) == {name for name, _ in student.named_parameters()}
@@ -157,11 +163,29 @@ def test_a_worse_start_is_replaced_by_the_undistilled_student(bench, tmp_path):
             if "mixer" in name:
                 parameter.add_(torch.randn_like(parameter))
     none = dataclasses.replace(CONFIG, tokens=0)
-    student, result = run(bench, tmp_path, none, spoiled, undistilled=student_of(bench))
+    student, result = run(bench, tmp_path, none, spoiled, undistilled=lambda: student_of(bench))
     assert result.after == result.before
     assert torch.equal(
         student.state_dict()["model.layers.1.self_attn.mixer.D"], bench.bank.mixer(1, "mamba2").D
     )
+
+
+def test_the_undistilled_student_is_gone_before_the_trainer_is_made(bench, tmp_path, monkeypatch):
+    made, make = [], logits.make_trainer
+
+    def compared():
+        made.append(weakref.ref(model := assemble(bench.teacher, LAYOUT, bench.bank)))
+        return model
+
+    def make_trainer(*args):
+        # Where it divides the teacher, nobody else may hold the whole.
+        gc.collect()
+        assert [model() for model in made] == [None]
+        return make(*args)
+
+    monkeypatch.setattr(logits, "make_trainer", make_trainer)
+    _, result = run(bench, tmp_path, undistilled=compared)
+    assert result.after.mean_kl < result.before.mean_kl
 
 
 # Of 40 steps the first four warm up. The looks after 9 and 12 never gain as much as is asked, so
@@ -453,3 +477,18 @@ def test_gradients_that_are_not_finite_never_reach_the_weights(bench, tmp_path, 
         run(bench, tmp_path, long, student)
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_a_short_distillation_that_fails_names_the_rates_that_it_may_have(bench, monkeypatch):
+    monkeypatch.setattr(LogitsTrainer, "read", lambda self: [([math.nan], [True])] * 11)
+    named = r"in 11 steps; lower search\.rungs\.lr, or distill\.logits\.lr where that is not given"
+    with pytest.raises(TrainingError, match=named):
+        distil_layouts(
+            bench.teacher,
+            [LAYOUT],
+            bench.bank,
+            train=bench.blocks["bank"],
+            config=CONFIG,
+            seed=0,
+            measure=len,
+        )

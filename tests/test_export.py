@@ -6,9 +6,9 @@ from tiny_study import make_study
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mohawk_nas.errors import ExportError
-from mohawk_nas.export import HybridForCausalLM, load_hybrid, save_hybrid
+from mohawk_nas.export import HybridForCausalLM, check, load_hybrid, save_hybrid
 from mohawk_nas.export.hf import describe_candidates
-from mohawk_nas.export.verify import check_folder, verify_export
+from mohawk_nas.export.verify import verify_export
 from mohawk_nas.layout import Layout
 from mohawk_nas.mixer import build_mixer
 from mohawk_nas.reporting import SILENT
@@ -42,7 +42,7 @@ def save(bench, folder, *kept):
 def test_an_export_gives_the_students_logits_and_decodes_alike(bench, tmp_path, kept):
     student = save(bench, tmp_path, *kept)
     logits = student(TOKENS, use_cache=False).logits
-    found = check_folder(str(tmp_path), TOKENS, logits)
+    found = check.compare(str(tmp_path), TOKENS, logits)
     assert found["reloaded logits"] == 0
 
 
@@ -102,7 +102,7 @@ def test_other_families_are_exported_too(tmp_path, arch):
     tokens = TOKENS % model.config.vocab_size
     with torch.no_grad():
         logits = model.eval()(tokens, use_cache=False).logits
-    check_folder(str(tmp_path), tokens, logits)
+    check.compare(str(tmp_path), tokens, logits)
 
 
 def test_the_check_in_a_fresh_process_passes_and_catches_a_changed_weight(bench, tmp_path):

@@ -1,4 +1,6 @@
+import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +56,16 @@ def test_kl_of_hidden_states_is_the_kl_of_logits(bench):
     found = metrics.kl_of_hidden(teacher.model, hidden, teacher.model, other)
     expected = metrics.kl_divergence(teacher.logits(hidden), teacher.logits(other)).mean(1)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_loaded_hybrid_is_spared_its_masks_too(bench):
+    inner, seen = bench.teacher.model, []
+    shell = SimpleNamespace(config=copy.copy(inner.config), causal_lm=inner)
+    shell.base_model = lambda **inputs: (
+        seen.append(inner.config._attn_implementation) or inner.base_model(**inputs)
+    )
+    metrics.body(shell, bench.blocks["search"].batch([0]))
+    assert seen == ["mohawk_nas_maskless_sdpa"]
 
 
 def test_perplexity_is_the_exponential_of_cross_entropy():

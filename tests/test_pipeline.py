@@ -1,5 +1,6 @@
 """The whole path on a tiny teacher: search, score, distil, export, evaluate, generate."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from importlib.metadata import version
 from threading import Timer
 
@@ -18,10 +20,12 @@ from tiny_study import ASSETS, make_study, make_teacher, make_text
 
 from mohawk_nas import pipeline, runs
 from mohawk_nas.config import load_study, plain
+from mohawk_nas.distill import logits
 from mohawk_nas.errors import BankError, RunError
 from mohawk_nas.evaluate import continue_text, evaluate, find_target
 from mohawk_nas.export.folder import export_folder
 from mohawk_nas.layout import Layout
+from mohawk_nas.mixer import Mixer
 from mohawk_nas.reporting import Silent
 from mohawk_nas.search.study import load_result
 from mohawk_nas.workbench import Workbench
@@ -84,6 +88,24 @@ def test_distillation_starts_from_the_bank_and_keeps_the_best(searched, distille
     raw = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert raw["layout"] == list(searched[0].best.layout.candidates)
     assert raw["validation_kl"]["after"] == result.after.mean_kl
+
+
+def test_stage_3_holds_one_copy_of_its_mixers(searched, tmp_path, monkeypatch):
+    def mixers():
+        gc.collect()
+        return {x for x in gc.get_objects() if issubclass(type(x), Mixer)}
+
+    def make_trainer(*args):
+        held.append(len(mixers() - set(others)))
+        return make(*args)
+
+    held, others, make = [], weakref.WeakSet(mixers()), logits.make_trainer
+    monkeypatch.setattr(logits, "make_trainer", make_trainer)
+    copy = tmp_path / "best.yaml"
+    copy.write_bytes(searched[1].read_bytes())
+    best = pipeline.load_best(copy, ["distill.hidden.tokens=64", "distill.hidden.batch_size=4"])
+    pipeline.distill(best)
+    assert held == [len(best.layout.replaced_layers)]
 
 
 def test_a_finished_distillation_is_not_run_again(searched, distilled, monkeypatch):
@@ -196,21 +218,24 @@ def test_force_leaves_a_study_that_others_may_be_at_alone(tmp_path):
 def test_other_text_of_a_rung_is_refused(tmp_path):
     config = make_study(tmp_path, "search.rungs.tokens=[1024]", "bank.hidden.tokens=64")
     pipeline.search(config)
-    text, bench = tmp_path / "text.jsonl", Workbench(config)
-    lines, read = text.read_text(encoding="utf-8").splitlines(), bench.training_text(64).fingerprint
-    for number in range(len(lines)):
+
+    def read():
+        bench = Workbench(config)
+        return {x: blocks.fingerprint for x, blocks in bench.blocks.items()}, bench.training_text(
+            1024
+        ).fingerprint
+
+    text = tmp_path / "text.jsonl"
+    lines, (others, longer) = text.read_text(encoding="utf-8").splitlines(), read()
+    for number in range(10, len(lines)):
         # A document that the rung reads, and nobody else.
-        changed = [*lines[:number], *lines[number + 1 :]]
-        text.write_text("\n".join(changed), encoding="utf-8")
-        other = Workbench(config)
-        same = all(other.blocks[x].fingerprint == bench.blocks[x].fingerprint for x in bench.blocks)
-        longer = other.training_text(1024).fingerprint
-        if same and longer != bench.training_text(1024).fingerprint:
+        text.write_text("\n".join([*lines[:number], *lines[number + 1 :]]), encoding="utf-8")
+        found = read()
+        if found[0] == others and found[1] != longer:
             break
     else:
         raise AssertionError
-    assert other.training_text(64).fingerprint == read
-    with pytest.raises(RunError, match="another text of the rung of 1,024 tokens"):
+    with pytest.raises(RunError, match="text of the rung of 1,024 tokens"):
         pipeline.search(config)
 
 
@@ -296,9 +321,9 @@ def test_pinned_layers_are_trained_and_scored_as_pinned(tmp_path, pinned, candid
 def test_a_teacher_replaced_in_place_is_noticed(tmp_path):
     pipeline.search(make_study(tmp_path, "search.trials=2", "search.baselines=[first]"))
     make_teacher(tmp_path / "teacher", seed=1)
-    with pytest.raises(RunError, match="was begun with another teacher and another mixers or"):
+    with pytest.raises(RunError, match=r"has changed \(teacher; mixers or their training\), and"):
         pipeline.search(make_study(tmp_path, "search.trials=4", "search.baselines=[first]"))
-    with pytest.raises(RunError, match="was begun with another teacher"):
+    with pytest.raises(RunError, match=r"has changed \(teacher"):
         pipeline.score(make_study(tmp_path, "search.baselines=[first]"), "0,1")
 
 
@@ -308,7 +333,7 @@ def test_a_teacher_replaced_in_place_is_noticed(tmp_path):
 def test_a_distillation_does_not_continue_on_other_ground(searched, distilled, change):
     before = {p: p.read_bytes() for p in distilled[1].glob("*.safetensors")}
     best = pipeline.load_best(searched[1], [change])
-    with pytest.raises(RunError, match="was begun with another"):
+    with pytest.raises(RunError, match="what it was begun with has changed"):
         pipeline.distill(best)
     assert before == {p: p.read_bytes() for p in distilled[1].glob("*.safetensors")}
 

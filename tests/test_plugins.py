@@ -1,5 +1,6 @@
 """A user's mixer, from a file that the study names, takes part like a built-in one."""
 
+import json
 import os
 import re
 import shutil
@@ -127,9 +128,53 @@ def test_every_command_knows_it(write, tmp_path, capsys, monkeypatch):
     ):
         code, _, err = call(capsys, *command)
         assert code == 0, err
-    assert checked == [[str(tmp_path / "moving_average.py")]]
+    ((copy,),) = checked
+    assert copy.endswith("/plugins/moving_average.py")
     best = yaml.safe_load((run / "best.yaml").read_text())
     assert best["candidates"]["mine"]["mixer"] == "moving_average"
+
+
+@pytest.fixture
+def exported(write, tmp_path, capsys, monkeypatch):
+    """A run that is distilled and exported."""
+    monkeypatch.setattr("mohawk_nas.export.folder.verify_export", lambda *a, **k: {})
+    study, run = write(mine=MINE), tmp_path / "runs/tiny"
+    for command in (["search", study, "search.trials=2"], ["distill", run], ["export", run]):
+        code, _, err = call(capsys, *command)
+        assert code == 0, err
+    return run
+
+
+def test_a_file_that_changed_since_the_distillation_is_refused(exported, tmp_path, capsys):
+    with (tmp_path / "moving_average.py").open("a") as file:
+        file.write("# changed\n")
+    for command in (
+        ["evaluate", exported],
+        ["export", exported, "--out", tmp_path / "again"],
+        ["generate", exported, "--prompt", "hello"],
+    ):
+        code, out, err = call(capsys, *command)
+        assert (code, out) == (2, "")
+        assert f"{exported}/distill: what it was begun with has changed (file of mixer mov" in err
+        assert "Restore it, or distil again with `distill --force`" in err
+    # The export has a file of its own.
+    code, _, err = call(capsys, "generate", exported / "export", "--prompt", "hello")
+    assert code == 0, err
+
+
+def test_an_export_works_where_its_plugin_has_moved(exported, tmp_path, capsys):
+    (tmp_path / "moving_average.py").unlink()
+    folder = (exported / "export").rename(tmp_path / "elsewhere")
+    for command in (["evaluate", folder], ["generate", folder, "--prompt", "hello"]):
+        code, _, err = call(capsys, *command)
+        assert code == 0, err
+    card = json.loads((folder / "mohawk_nas.json").read_text())
+    study = card["study"]
+    assert study["plugins"] == ["plugins/moving_average.py"]
+    # What an export is evaluated by is found where it was.
+    read = str([study["teacher"]["source"], study["data"]["source"], study["data"]["cache"]])
+    assert str(tmp_path) not in str(card).replace(read, "").replace(study["data"]["cache"], "")
+    assert card["distillation"]["provenance"]["command"].partition(" ")[0] in sys.argv[0]
 
 
 @torch.no_grad()

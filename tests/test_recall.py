@@ -8,6 +8,7 @@ from tiny_study import make_study
 
 from mohawk_nas import recall
 from mohawk_nas.errors import ConfigError, TeacherError
+from mohawk_nas.evaluate import Examination
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.metrics import body
 from mohawk_nas.pipeline import load_best, search
@@ -61,11 +62,14 @@ class Memory(torch.nn.Module):
         return SimpleNamespace(logits=self.base_model(input_ids=input_ids).last_hidden_state)
 
 
+END = 7
+"""In front of each document."""
+
+
 class Words:
     """Three-letter words from id 300 on, from 900 on with a capital; else one id a character."""
 
     all_special_ids = (0,)
-    eos_token_id = 7
 
     def get_vocab(self):
         letters = "abcdefghij"
@@ -86,7 +90,7 @@ def test_a_model_that_remembers_everything_solves_the_hardest_probe(tokenizer):
     seen = []
     for split in recall.TEMPLATES:
         teacher = teacher_of(Memory(), tokenizer=tokenizer)
-        probe = make_probe(teacher, split, num_sequences=10)
+        probe = make_probe(teacher, split, separator=END, num_sequences=10)
         if tokenizer is None and split != "search":
             # Without a tokenizer nothing can stand between the words.
             assert probe is None
@@ -104,13 +108,13 @@ def test_a_model_that_remembers_everything_solves_the_hardest_probe(tokenizer):
 
 def test_questions_ask_for_pairs_that_were_named_once():
     teacher = teacher_of(Memory(), tokenizer=Words())
-    probe = make_probe(teacher, "test", num_sequences=12)
+    probe = make_probe(teacher, "test", separator=END, num_sequences=12)
     assert str(probe) == "up to 64 pairs 'KEY =VALUE,' and up to 64 pairs 'KEYVALUE.'"
     found = []
     for part in probe.batches(1):
         (row,), (positions,) = part.tokens.tolist(), part.positions.tolist()
         # As a document begins.
-        assert row[0] == Words.eos_token_id
+        assert row[0] == END
         glued = ord("=") in row
         # Characters are ids here: "word =word," or "wordword.".
         width, place = (5, 3) if glued else (3, 1)
@@ -132,19 +136,20 @@ def test_questions_ask_for_pairs_that_were_named_once():
 
 def test_the_probe_grows_until_the_teacher_fails():
     # 16 pairs of two tokens and 16 questions more: what lies further back is forgotten.
-    probe = make_probe(teacher_of(Memory(reach=44)), "search")
+    probe = make_probe(teacher_of(Memory(reach=44)), "search", separator=END)
     assert probe.asked == ((Template(), 16),)
-    assert make_probe(teacher_of(Memory(reach=8)), "search") is None
+    assert make_probe(teacher_of(Memory(reach=8)), "search", separator=END) is None
     # A probe must fit into what the teacher was made for.
-    assert make_probe(teacher_of(Memory(), context=120), "search").asked == ((Template(), 32),)
+    short = make_probe(teacher_of(Memory(), context=120), "search", separator=END)
+    assert short.asked == ((Template(), 32),)
     assert probe.teacher_recall == recall.recall(Memory(reach=44), probe) >= recall.SOLVED
     # Each template is as large as it can be by itself: five tokens a pair, or three.
-    two = make_probe(teacher_of(Memory(reach=110), tokenizer=Words()), "test")
+    two = make_probe(teacher_of(Memory(reach=110), tokenizer=Words()), "test", separator=END)
     assert [most for _, most in two.asked] == [16, 32]
 
 
 def test_a_forgetful_model_answers_what_it_can_reach():
-    probe = make_probe(teacher_of(Memory()), "search")
+    probe = make_probe(teacher_of(Memory()), "search", separator=END)
     shares = [recall.recall(Memory(reach=reach), probe) for reach in (10, 60, 100, 10**6)]
     assert shares == sorted(shares) and shares[0] < 0.1 and shares[-1] == 1.0
 
@@ -314,12 +319,23 @@ def test_what_cannot_do_without_recall_is_told_before_the_bank_is_trained(tmp_pa
     assert not list((tmp_path / "bank").glob("*"))
 
 
+def test_sequences_begin_with_what_the_study_puts_in_front_of_documents(tmp_path, monkeypatch):
+    bench = Workbench(make_study(tmp_path, "data.separator=' the'"))
+    (separator,) = bench.teacher.tokenizer.encode(" the", add_special_tokens=False)
+    assert separator != bench.teacher.tokenizer.bos_token_id
+    asked = []
+    monkeypatch.setattr(recall, "make_probe", lambda *args, **options: asked.append(options))
+    probes = Examination(bench=bench, lengths=[256]).length_probes
+    assert [options["separator"] for options in asked] == [separator]
+    assert {int(token) for probe in probes for token in probe.tokens[:, 0]} == {separator}
+
+
 @pytest.mark.parametrize("reach", [10**6, 330, 40])
 def test_what_is_found_over_length_is_what_is_within_reach(reach):
     teacher = teacher_of(Memory(reach), tokenizer=Words(), context=256)
     text = torch.randint(10, 250, (500,), generator=torch.Generator().manual_seed(0))
     # Longer than the teacher was made for, and than the text.
-    probes = recall.make_length_probes(teacher, text, [300, 600], num_sequences=3)
+    probes = recall.make_length_probes(teacher, text, [300, 600], separator=END, num_sequences=3)
     assert [(p.length, p.depth) for p in probes if p.kind == "needle"] == [
         (length, depth) for length in (300, 600) for depth in recall.DEPTHS
     ]
@@ -343,16 +359,14 @@ def test_length_probes_hold_what_they_ask_for_once():
     # Half of the test split's words stand in the prose, of which each passage is all.
     words = recall._words(teacher, "test")
     text[: len(words) // 2] = torch.tensor(words[: len(words) // 2])
-    for probe in recall.make_length_probes(teacher, text, [300], num_sequences=4):
+    for probe in recall.make_length_probes(teacher, text, [300], separator=END, num_sequences=4):
         for row, positions in zip(probe.tokens.tolist(), probe.positions.tolist(), strict=True):
             values = [row[position + 1] for position in positions]
             assert len(set(values)) == len(values) == (12 if probe.kind == "key-value" else 1)
             assert all(row.count(value) == 2 for value in values)
             assert set(values) <= set(words[len(words) // 2 :])
-    again = recall.make_length_probes(teacher, text, [300], num_sequences=4)
-    assert torch.equal(
-        again[0].tokens,
-        recall.make_length_probes(teacher, text, [300, 500], num_sequences=4)[0].tokens,
-    )
-    other = recall.make_length_probes(teacher, text, [300], num_sequences=4, seed=1)
+    again = recall.make_length_probes(teacher, text, [300], separator=END, num_sequences=4)
+    more = recall.make_length_probes(teacher, text, [300, 500], separator=END, num_sequences=4)
+    assert torch.equal(again[0].tokens, more[0].tokens)
+    other = recall.make_length_probes(teacher, text, [300], separator=END, num_sequences=4, seed=1)
     assert not torch.equal(again[0].tokens, other[0].tokens)

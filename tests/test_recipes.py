@@ -148,6 +148,20 @@ def test_a_forecast_counts_what_the_student_is(tmp_path):
         load_with(config, "distill.logits.trainable=all"), layout, gpus=1, peak=1e9, utilisation=0.5
     ).stages["3 (logits)"]
     assert stage.memory[needs] < alone.memory[needs] == 2 * again.memory[needs]
+    # Where layers are run again they keep their inputs alone, and there is nothing to choose.
+    again = make_forecast(
+        load_with(
+            config,
+            "distill.logits.trainable=all",
+            "distill.logits.activation_checkpointing=true",
+        ),
+        layout,
+        gpus=1,
+        peak=1e9,
+        utilisation=0.5,
+    ).stages["3 (logits)"]
+    assert alone.options == {"the backward pass with every layer checkpointed": again.memory[needs]}
+    assert again.memory[needs] < alone.memory[needs] and not again.options
     # A teacher of stage 3 alone is held and run, too; of another type, it shares nothing.
     large = make_teacher(tmp_path / "large", num_layers=5, hidden_size=48, seed=1)
     guided = make_forecast(
@@ -169,6 +183,14 @@ def test_a_forecast_counts_what_the_student_is(tmp_path):
 
 def load_with(config, *overrides):
     return study_from_dict(yaml.safe_load(dump(config)), overrides=overrides)
+
+
+def test_a_plan_counts_stage_1_where_the_distillation_has_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("mohawk_nas.plan._measure_rate", lambda *args: 1e12)
+    anew = ["distill.start=scratch", "distill.matrix={tokens: 128, batch_size: 4}"]
+    assert make_plan(make_study(tmp_path)).distill_tokens == {"hidden": 0, "logits": 640}
+    plan = make_plan(make_study(tmp_path, *anew))
+    assert plan.distill_tokens == {"matrix": 128, "hidden": 0, "logits": 640}
 
 
 def test_what_backward_passes_need_is_what_autograd_keeps(tmp_path):

@@ -62,9 +62,10 @@ def test_unknown_names(things):
     with pytest.raises(RegistryError) as caught:
         things.get("hamer")
     assert str(caught.value) == (
-        "unknown thing 'hamer'; available: broken, forgetful, hammer, saw. Did you mean 'hammer'?"
+        "unknown thing 'hamer'; available: broken, forgetful, hammer, saw. Did you mean "
+        "'hammer'? (One of your own must be named under `plugins`.)"
     )
-    with pytest.raises(RegistryError, match=r"unknown thing '_helper'; available: .*saw\.$"):
+    with pytest.raises(RegistryError, match=r"unknown thing '_helper'; available: .*saw\. \(One"):
         things.get("_helper")
     with pytest.raises(RegistryError, match="unknown thing 'forgetful'"):
         things.get("forgetful")

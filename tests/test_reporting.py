@@ -1,6 +1,7 @@
 """What the user sees: progress, the tables of a search, report.html."""
 
 import io
+import json
 import math
 import re
 from dataclasses import replace
@@ -10,14 +11,17 @@ from rich.console import Console
 from synthetic_search import SyntheticScorer, make
 
 from mohawk_nas.audit import AuditReport, Distilled, Trust
+from mohawk_nas.distill.logits import LogitsResult
 from mohawk_nas.layout import ATTENTION
-from mohawk_nas.reporting import SILENT, progress
+from mohawk_nas.metrics import BlockFigures
+from mohawk_nas.reporting import SILENT, progress, text
 from mohawk_nas.reporting.audit_html import render_audit
 from mohawk_nas.reporting.console import print_placement, print_result
 from mohawk_nas.reporting.html import render_report, write_report
 from mohawk_nas.reporting.progress import ConsoleReporter
-from mohawk_nas.reporting.screen import show_names
+from mohawk_nas.reporting.screen import show_distillation, show_names
 from mohawk_nas.search.budget import Budget
+from mohawk_nas.search.result import Comparison
 from mohawk_nas.search.statistics import Fit, Interval, Regret
 from mohawk_nas.search.strategy import strategy_names
 from mohawk_nas.search.study import run_study
@@ -119,6 +123,47 @@ def test_pinned_layers_and_several_candidates_are_shown():
     text = printed(result)
     assert "(A = attention, M = a, M2 = b)" in text
     assert re.search(r"^ +0 +A +pinned +pinned", text, re.MULTILINE)
+
+
+def test_layouts_of_several_mixers_are_told_apart():
+    _, result = study(replacements=("ssm", "conv"))
+    strip = f"({result.best.layout.strip(result.space.symbols)})"
+    assert strip in text.verdict(result)[0]
+    console = Console(file=io.StringIO(), width=100)
+    trial = result.ranking[1]
+    placement = result.place(trial.layout, trial.score)
+    print_placement(placement, trial.layout, trial.value, result, console=console)
+    assert f"against the best, {text.layers(result.best.layout)} {strip}" in console.file.getvalue()
+    assert "(" not in text.named(study()[1], result.best.layout)
+
+
+def test_recall_that_was_left_out_is_told():
+    config, result = study()
+    search = replace(config.search, objective={"kl": 1.0, "recall": 0.05})
+    config = replace(config, search=search)
+    said = "recall is left out of the objective: the teacher solves no probe."
+    assert said in render_report(result, config)
+    console = Console(file=io.StringIO(), width=100)
+    print_result(result, console=console, notes=text.left_out(result, config))
+    assert console.file.getvalue().rstrip().endswith(said)
+    asked = replace(config, search=replace(search, pareto=["kl", "recall"]))
+    assert "of the objective and the Pareto set: " in text.left_out(result, asked)[0]
+    assert text.left_out(*reversed(study())) == []
+
+
+def test_small_differences_keep_their_digits():
+    assert text.difference(Comparison(difference=0.01, standard_error=2e-5)) == "+0.0100 ± 0.0000"
+    assert text.difference(Comparison(difference=2e-5, standard_error=3e-6)) == "+2.0e-05 ± 3.0e-06"
+    assert text.difference(Comparison(difference=0.0, standard_error=0.0)) == "+0.0000 ± 0.0000"
+
+
+def test_a_distillation_that_gained_nothing_says_how_often_it_was_looked_at(tmp_path, capsys):
+    figures = BlockFigures(kl=(0.2, 0.3), cross_entropy=(1.0, 1.1))
+    rows = [{"loss": 1.0}, {"loss": 1.0, "validation_kl": 0.3}]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    result = LogitsResult(before=figures, after=figures, best_step=0, tokens=64)
+    show_distillation(result, tmp_path, next_command="x")
+    assert "Stage 3 was looked at 1 time on the validation split" in capsys.readouterr().out
 
 
 def test_a_users_layout_is_placed():

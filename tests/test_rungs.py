@@ -508,6 +508,7 @@ def test_best_yaml_and_the_reports_name_the_rungs(folder, searched):
     printed = " ".join(console.file.getvalue().split())
     page = render_report(result, make_study(folder, *RUNGS))
     for text in (printed, re.sub(r"<[^>]*>", " ", page)):
+        assert "undistilled" in text and "(search text)" in text and "(validation text)" in text
         assert "KL at 256" in text and "KL at 1,280" in text and f"{top.value(best):.4f}" in text
         assert "3 to 256 tokens of stage 3, then 2 to 1,280" in text
         assert "; 3,328 tokens and " in text, "3 x 256 + 2 x 1,280"

@@ -34,6 +34,8 @@ FAMILIES = {
     "smollm3": {},
     "olmo2": {},
     "gpt_neox": {"num_key_value_heads": 6},
+    # Its causal LM reaches past its body.
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 24, "num_key_value_heads": 6},
 }
 PATTERNS = ["AMAM", "MAMA", "MMMM", "MAAM"]
 SYMBOLS = {ATTENTION: "A", "ssm": "M"}
@@ -195,6 +197,8 @@ def test_a_mask_may_come_without_its_name():
     assert torch.equal(student(inputs["input_ids"], inputs["attention_mask"]).logits, named)
     body = student.model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
     assert torch.equal(logits_from_hidden(student, body), named)
+    # Which is no pass with another mask.
+    assert slots_of(student)[0]._padding.mask is inputs["attention_mask"]
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 9, 9), (3, 9, 9)])
@@ -361,7 +365,10 @@ def test_gradients_agree_with_and_without_checkpointing():
         if checkpointing:
             student.gradient_checkpointing_enable()
         inputs = batch(padded=True)
-        student(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+        loss = student(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+        # A pass with another mask comes before the first one's layers run again.
+        student(**batch(padded=False), use_cache=False)
+        loss.backward()
         grads.append([parameter.grad for parameter in student.parameters()])
     for plain, checkpointed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, checkpointed)

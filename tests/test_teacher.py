@@ -5,14 +5,23 @@ import importlib.util
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_study import make_study
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    dynamic_module_utils,
+)
 from transformers.activations import NewGELUActivation
 
 from mohawk_nas import fusion
@@ -24,11 +33,13 @@ from mohawk_nas.config import (
     StudyConfig,
     TeacherConfig,
 )
+from mohawk_nas.distill.matrix import matrix_loss
 from mohawk_nas.errors import TeacherError
 from mohawk_nas.forecast import count_student_memory
 from mohawk_nas.fusion import fused_parts
 from mohawk_nas.layout import Layout
-from mohawk_nas.mixer import build_mixer, mixer_config
+from mohawk_nas.mixer import MatrixFactors, build_mixer, mixer_config
+from mohawk_nas.plan import find_problems
 from mohawk_nas.student import install_mixers
 from mohawk_nas.teacher import (
     Teacher,
@@ -60,6 +71,8 @@ FAMILIES = {
     },
     "olmo2": {},
     "gpt_neox": {"num_key_value_heads": 6},
+    # It scales its queries itself.
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 24, "num_key_value_heads": 6},
     "granite": {"attention_multiplier": 0.3, "logits_scaling": 4.0},
 }
 
@@ -91,7 +104,7 @@ def captured_matrix(capture):
         seen = seen & (j > i - view.sliding_window)
     if capture.mask is not None:
         seen = seen & capture.mask[:, None, None]
-    scores = query @ key.transpose(-1, -2) * view.scaling
+    scores = query @ key.transpose(-1, -2) * capture.scaling
     return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
 
 
@@ -181,6 +194,23 @@ def test_captured_queries_and_keys_make_the_attention_weights(family, attention,
     for capture, weights in zip(captures, expected, strict=True):
         matrix = captured_matrix(capture).transpose(1, 2)[real]
         torch.testing.assert_close(matrix, weights.transpose(1, 2)[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_stage_1_approaches_the_matrix_that_the_teacher_makes(family):
+    captures = []
+    tokens, _ = tokens_and_mask(False)
+    Teacher(model_of(family)).run(tokens, on_layer=captures.append, matrices=True)
+    zeros = torch.zeros(3, 6, 13, 8)
+    nothing = SimpleNamespace(
+        factors=lambda hidden, mask: MatrixFactors(
+            c=zeros, b=zeros, log_decay=zeros[..., 0], diagonal=None
+        ),
+        head_pairs=torch.arange,
+    )
+    for capture in captures:
+        power = captured_matrix(capture).square().sum((-1, -2)).mean()
+        torch.testing.assert_close(matrix_loss(nothing, capture, squared=True), power)
 
 
 def test_windows_are_read_layer_by_layer():
@@ -490,6 +520,35 @@ def test_the_architecture_loads_without_weights(folder):
     # A planner reads sizes from a meta teacher.
     config = mixer_config({"mixer": "mamba2"})
     assert config.num_params(teacher.views[0]) > 0
+
+
+def test_a_type_that_comes_with_its_own_code_runs_but_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (folder / "configuration_my.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass MyConfig(LlamaConfig):\n"
+        "    model_type = 'my_llama'\n"
+    )
+    (folder / "modeling_my.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_my import MyConfig\n\n\n"
+        "class MyForCausalLM(LlamaForCausalLM):\n    config_class = MyConfig\n"
+    )
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw["auto_map"] = {
+        "AutoConfig": "configuration_my.MyConfig",
+        "AutoModelForCausalLM": "modeling_my.MyForCausalLM",
+    }
+    (folder / "config.json").write_text(json.dumps(raw | {"model_type": "my_llama"}))
+    settings = {"source": str(folder), "trust_remote_code": True, "tokenizer": str(PHI_TINY)}
+    for meta in (True, False):
+        teacher = load_teacher(TeacherConfig(**settings), meta=meta)
+        assert type(teacher.model).__name__ == "MyForCausalLM"
+    study = make_study(tmp_path, teacher=settings)
+    assert "guessed" not in str(count_student_memory(study, LogitsConfig(), teacher=teacher))
+    assert find_problems(study) == [
+        f"teacher.source: {folder} is of type 'my_llama', which transformers itself does not have, "
+        "so a student of it could not be saved; name a teacher of a type that it has"
+    ]
 
 
 def test_an_architecture_file_stands_in_for_what_is_not_here(folder):

@@ -558,7 +558,7 @@ def test_a_host_with_another_teacher_or_other_settings_is_refused(storage, tmp_p
 
     identity = {"teacher": "abc", "text of the bank split": "def"}
     assert len(join(identity).trials) == 4
-    with pytest.raises(RunError, match="begun with another teacher; results of both") as e:
+    with pytest.raises(RunError, match=r"begun with has changed \(teacher\); results of both") as e:
         join(identity | {"teacher": "xyz"})
     assert "\n" not in str(e.value)
     with pytest.raises(RunError, match=r"search\.tokens was 16384 and is now 64"):
@@ -744,7 +744,7 @@ def test_two_workers_find_what_one_finds(tmp_path):
     other = make_study(
         tmp_path, f"output={tmp_path / 'x'}", f"search.storage={joined.search.storage}"
     )
-    with pytest.raises(RunError, match="'tiny' was begun with another teacher"):
+    with pytest.raises(RunError, match=r"'tiny': what it was begun with has changed \(teacher\)"):
         pipeline.search(other)
     with pytest.raises(ConfigError, match="several workers need a journal file"):
         pipeline.search(make_study(tmp_path, "search.storage=sqlite:///x.db"), workers=2)

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from mohawk_nas.data import TokenBlocks, TrainingBatches, TrainingText
 from mohawk_nas.distill.checkpoints import Checkpoints
 from mohawk_nas.distill.logits_trainer import LogitsTrainer, trainable_parameters
 from mohawk_nas.distill.optimizer import learning_rate
-from mohawk_nas.distill.parallel import Mode, make_trainer
+from mohawk_nas.distill.parallel import Mode, evaluate_shares, make_trainer
 from mohawk_nas.distill.trainer import READ_EVERY, num_steps
 from mohawk_nas.errors import Stopped, TrainingError
 from mohawk_nas.files import DamagedFile, atomic_write, load_tensors, save_tensors
@@ -80,7 +80,7 @@ def distill_logits(
     teacher: Teacher,
     student: Any,
     *,
-    undistilled: Any = None,
+    undistilled: Callable[[], Any] | None = None,
     train: TrainingText,
     validation: TokenBlocks,
     config: LogitsConfig,
@@ -104,8 +104,9 @@ def distill_logits(
     Args:
         teacher: The teacher.
         student: Shares no trained weights with it; trained in place.
-        undistilled: What the result is compared with, where more of stage 2 has already changed
-            the student. If that made it worse on the validation split, this is where to start.
+        undistilled: Makes what the result is compared with, where more of stage 2 has already
+            changed the student. If that made it worse on the validation split, its mixers are what
+            to start with. It may share weights with the teacher, and is let go of before training.
         train: Text to train on.
         validation: Text to watch.
         config: Stage 3.
@@ -123,14 +124,31 @@ def distill_logits(
     folder.mkdir(parents=True, exist_ok=True)
     # Blocks of a step are those of all ranks together.
     share = config.batch_size // num_ranks()
+    earlier, mixers = None, {}
+    if undistilled is not None:
+        # Before the teacher may be divided, of which it would keep the whole.
+        model = undistilled()
+        earlier = evaluate_shares(
+            teacher, validation, lambda work: work(model), batch_size=config.batch_size
+        )
+        # All that it has of its own.
+        named = trainable_parameters(model, "mixers")
+        mixers = {name: parameter.detach().cpu() for name, parameter in named.items()}
+        del model, named
     order = {"seed": seed * 16 + 2, "rank": rank(), "world": num_ranks()}
     with closing(train.batches(batch_size=share, **order)) as text:
         trainer = make_trainer(teacher, student, config, mode)
         try:
             with _own_random_numbers(teacher, seed):
+                start = trainer.evaluate(validation, batch_size=config.batch_size)
+                before = start if earlier is None else earlier
+                if before.mean_kl < start.mean_kl:
+                    trainer.load(0, mixers)
+                mixers.clear()
                 return _distill(
                     trainer,
-                    undistilled,
+                    before,
+                    best_kl=min(start.mean_kl, before.mean_kl),
                     text=text,
                     block_size=train.block_size,
                     validation=validation,
@@ -144,8 +162,9 @@ def distill_logits(
 
 def _distill(
     trainer: LogitsTrainer,
-    undistilled: Any,
+    before: BlockFigures,
     *,
+    best_kl: float,
     text: TrainingBatches,
     block_size: int,
     validation: TokenBlocks,
@@ -153,26 +172,16 @@ def _distill(
     reporter: Reporter,
     board: Board | None,
 ) -> LogitsResult:
-    config, student = trainer.config, trainer.students[0]
+    config = trainer.config
     steps = num_steps(config, block_size) // config.accumulate
     checkpoints, best = Checkpoints(folder), folder / "best.safetensors"
-
-    def evaluate(model: Any) -> BlockFigures:
-        return trainer.evaluate(model, validation, batch_size=config.batch_size)
 
     def keep() -> None:
         weights = trainer.weights()
         if rank() == 0:
             save_tensors(best, weights)
 
-    before = start = evaluate(student)
-    if undistilled is not None:
-        before = evaluate(undistilled)
-        if before.mean_kl < start.mean_kl:
-            trainer.load(0, dict(undistilled.named_parameters()))
-            start = before
-
-    progress = _Progress(steps=steps, best_kl=start.mean_kl)
+    progress = _Progress(steps=steps, best_kl=best_kl)
     if (checkpoint := checkpoints.newest()) is not None:
         if not best.is_file():
             raise DamagedFile(f"{best}: must hold the best weights so far, but is not there")
@@ -213,7 +222,7 @@ def _distill(
             looked, rates = time.perf_counter(), []
             task.advance(1, tokens=size, loss=entries[-1]["loss"])
             if validates:
-                now = evaluate(student)
+                now = trainer.evaluate(validation, batch_size=config.batch_size)
                 entries[-1]["validation_kl"] = now.mean_kl
                 if now.mean_kl < progress.best_kl:
                     progress.best_kl, progress.best_step = now.mean_kl, progress.step
@@ -248,7 +257,7 @@ def _distill(
     # The first rank has written it by now.
     wait_for_all()
     trainer.load(0, load_tensors(best))
-    after = evaluate(student)
+    after = trainer.evaluate(validation, batch_size=config.batch_size)
     return LogitsResult(
         before=before, after=after, best_step=progress.best_step, tokens=progress.step * size
     )

@@ -141,10 +141,10 @@ class LogitsTrainer:
         self._update = RecordedStep(self._move_weights, teacher.device)
 
     def load(self, number: int, weights: Mapping[str, Tensor]) -> None:
-        """Give one student other weights, by the names of :attr:`parameters`."""
+        """Give one student other weights, all or some, by the names of :attr:`parameters`."""
         with torch.no_grad():
-            for name, master in self.parameters[number].items():
-                master.copy_(weights[name])
+            for name, tensor in weights.items():
+                self.parameters[number][name].copy_(tensor)
             self._follow(number)
 
     def weights(self) -> dict[str, Tensor]:
@@ -180,9 +180,9 @@ class LogitsTrainer:
         """Let the first student compute with what its masters now hold."""
         self._follow(0)
 
-    def evaluate(self, model: Any, blocks: TokenBlocks, *, batch_size: int) -> BlockFigures:
-        """KL divergence to the teacher and cross-entropy of a student on every block."""
-        return evaluate_blocks(self.teacher, model, blocks, batch_size=batch_size)
+    def evaluate(self, blocks: TokenBlocks, *, batch_size: int) -> BlockFigures:
+        """KL divergence to the teacher and cross-entropy of the first student on every block."""
+        return evaluate_blocks(self.teacher, self.students[0], blocks, batch_size=batch_size)
 
     def release(self) -> None:
         """Hand the students back in float32, with the weights they were trained to.

@@ -25,7 +25,7 @@ def matrix_loss(mixer: Mixer, capture: LayerCapture, *, squared: bool = False) -
     Raises:
         MixerError: The mixer does not offer its matrix as factors.
     """
-    assert capture.query is not None and capture.key is not None
+    assert capture.query is not None and capture.key is not None and capture.scaling is not None
     factors = mixer.factors(capture.hidden, mask=capture.mask)
     if factors is None:
         raise MixerError(
@@ -38,7 +38,7 @@ def matrix_loss(mixer: Mixer, capture: LayerCapture, *, squared: bool = False) -
             capture.query,
             capture.key,
             factors,
-            scaling=capture.view.scaling,
+            scaling=capture.scaling,
             heads=mixer.head_pairs(capture.query.shape[1]),
             window=capture.view.sliding_window,
             mask=capture.mask,

@@ -42,6 +42,7 @@ __all__ = [
     "Mode",
     "ShardedTrainer",
     "bytes_of_parts",
+    "evaluate_shares",
     "make_trainer",
     "parallel_mode",
 ]
@@ -139,6 +140,34 @@ def make_trainer(
     return kind(teacher, student, config)
 
 
+def evaluate_shares(
+    teacher: Teacher,
+    blocks: TokenBlocks,
+    run: Callable[[Callable[[Any], BlockFigures]], BlockFigures],
+    *,
+    batch_size: int,
+) -> BlockFigures:
+    """Figures of a student on all blocks, each computed by one rank.
+
+    Args:
+        teacher: What its KL divergence is to.
+        blocks: Of which each rank takes its share.
+        run: Does something with the student.
+        batch_size: Blocks at once over all ranks.
+    """
+    ranks = num_ranks()
+    each = -(-len(blocks) // ranks)
+    # As many for every rank, since the parts of a sharded model meet in every layer.
+    mine = [min(i, len(blocks) - 1) for i in range(rank() * each, (rank() + 1) * each)]
+    share = TokenBlocks(split=blocks.split, tokens=blocks.batch(mine).int(), fingerprint="")
+    size = max(1, batch_size // ranks)
+    parts = of_every(run(lambda student: evaluate_blocks(teacher, student, share, batch_size=size)))
+    return BlockFigures(
+        kl=tuple(x for part in parts for x in part.kl)[: len(blocks)],
+        cross_entropy=tuple(x for part in parts for x in part.cross_entropy)[: len(blocks)],
+    )
+
+
 class _Whole(nn.Module):
     """A student as one module that runs whatever needs its weights: what is wrapped.
 
@@ -219,29 +248,9 @@ class _RanksTrainer(LogitsTrainer):
         self._steps.append(self._figures.clone())
         self._keep_pace()
 
-    def evaluate(self, model: Any, blocks: TokenBlocks, *, batch_size: int) -> BlockFigures:
-        """Figures of all blocks, each computed by one rank.
-
-        Args:
-            model: The student that is trained, or one that every rank holds as a whole.
-            blocks: Of which each rank takes its share.
-            batch_size: Blocks at once over all ranks.
-        """
-        ranks = num_ranks()
-        each = -(-len(blocks) // ranks)
-        # As many for every rank, since the parts of a sharded model meet in every layer.
-        mine = [min(i, len(blocks) - 1) for i in range(rank() * each, (rank() + 1) * each)]
-        share = TokenBlocks(split=blocks.split, tokens=blocks.batch(mine).int(), fingerprint="")
-        size = max(1, batch_size // ranks)
-
-        def work(student: Any) -> BlockFigures:
-            return evaluate_blocks(self.teacher, student, share, batch_size=size)
-
-        parts = of_every(self._run(work) if model is self.students[0] else work(model))
-        return BlockFigures(
-            kl=tuple(x for part in parts for x in part.kl)[: len(blocks)],
-            cross_entropy=tuple(x for part in parts for x in part.cross_entropy)[: len(blocks)],
-        )
+    def evaluate(self, blocks: TokenBlocks, *, batch_size: int) -> BlockFigures:
+        """Figures of all blocks, each computed by one rank; so many at once over all ranks."""
+        return evaluate_shares(self.teacher, blocks, self._run, batch_size=batch_size)
 
     def _run(self, work: Callable[[Any], T]) -> T:
         """Do something with the student that is trained, without gradients."""
@@ -443,8 +452,8 @@ class ShardedTrainer(_RanksTrainer):
 
     def load(self, number: int, weights: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for name, parameter in self._sharded.items():
-                self._put(parameter.detach(), weights[name])
+            for name, whole in weights.items():
+                self._put(self._sharded[name].detach(), whole)
 
     def state(self) -> dict[str, Tensor]:
         parts = super().state()

@@ -122,7 +122,8 @@ def distil_layouts(
                 if max(bad) > config.max_bad_steps:
                     raise TrainingError(
                         f"stage 3 of {layouts[bad.index(max(bad))]}: loss or gradient was not "
-                        f"finite in {max(bad)} steps; lower distill.logits.lr (now {config.lr})"
+                        f"finite in {max(bad)} steps; lower search.rungs.lr, or distill.logits.lr "
+                        f"where that is not given (now {config.lr})"
                     )
         # In the types they were trained in, which are those the search scores them in.
         return [measure(student) for student in students]

@@ -133,15 +133,16 @@ class LayerTrainer:
         """Bring the jobs' figures up to date; returns the last losses.
 
         Raises:
-            TrainingError: A candidate's gradient was not finite too often.
+            TrainingError: A candidate's loss or gradient was not finite too often.
         """
         figures = self._figures.tolist()
         for job, (loss_sum, count, bad_steps, _) in zip(self.jobs, figures, strict=True):
             job.loss_sum, job.loss_count, job.bad_steps = loss_sum, int(count), int(bad_steps)
             if job.bad_steps > MAX_BAD_STEPS:
                 raise TrainingError(
-                    f"{job.name}: its gradient was not finite in {job.bad_steps} steps of stage "
-                    f"{self.stage.name}; lower the stage's lr (now {self.stage.config.lr})"
+                    f"{job.name}: its loss or gradient was not finite in {job.bad_steps} steps so "
+                    f"far, the last of them in stage {self.stage.name}; lower that stage's lr (now "
+                    f"{self.stage.config.lr})"
                 )
         return [last for *_, last in figures]
 

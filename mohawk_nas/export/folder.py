@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from mohawk_nas.config import plain
+from mohawk_nas.config import StudyConfig, plain
 from mohawk_nas.errors import ExportError, RunError
-from mohawk_nas.evaluate import CARD, find_target
+from mohawk_nas.evaluate import CARD, find_target, load_student
 from mohawk_nas.export.card import find_licence, model_card, read_evaluation
-from mohawk_nas.export.hf import load_hybrid, save_hybrid
+from mohawk_nas.export.hf import save_hybrid
 from mohawk_nas.export.standalone import standalone_files, write_standalone
 from mohawk_nas.export.verify import verify_export
 from mohawk_nas.files import atomic_folder, read_json, write_json
@@ -21,6 +25,9 @@ from mohawk_nas.registry import load_plugin
 from mohawk_nas.runs import set_aside
 
 __all__ = ["export_folder"]
+
+PLUGINS = "plugins"
+"""Folder in an export that holds the files of a user's own mixers."""
 
 
 def export_folder(
@@ -59,7 +66,7 @@ def export_folder(
         raise RunError(f"{out}: is there already; use --force to set it aside, or --out")
     for plugin in target.study.plugins:
         load_plugin(Path(plugin))
-    model = load_hybrid(target.model, dtype=torch.float32)
+    model = load_student(target, dtype=torch.float32)
     config = model.config
     tokenizer = AutoTokenizer.from_pretrained(target.model)
     layout = Layout(tuple(config.layout))
@@ -69,12 +76,11 @@ def export_folder(
         "layout": list(layout.candidates),
         "attention_layers": list(layout.attention_layers),
         "teacher": {
-            "source": best.study.teacher.source,
+            "source": _names_only(best.study.teacher.source),
             "fingerprint": result["teacher"],
         },
         "scores": result["scores"],
-        "distillation": result,
-        "study": plain(best.study),
+        "distillation": _without_folders(result),
     }
     if standalone:
         # Refused before many gigabytes are written.
@@ -104,7 +110,8 @@ def export_folder(
         if standalone:
             write_standalone(beside)
         licence.copy(beside)
-        write_json(beside / CARD, card)
+        plugins = _copy_plugins(target.study.plugins, beside)
+        write_json(beside / CARD, card | {"study": _portable(best.study, plugins)})
         (beside / "README.md").write_text(page, encoding="utf-8")
         if dtype != "float32":
             # The check compares what was written, so the weights are rounded the same way; what is
@@ -113,9 +120,45 @@ def export_folder(
                 if tensor.is_floating_point():
                     tensor.copy_(tensor.to(getattr(torch, dtype)))
         try:
-            found = verify_export(beside, model, plugins=target.study.plugins, alone=standalone)
+            copies = [str(beside / plugin) for plugin in plugins]
+            found = verify_export(beside, model, plugins=copies, alone=standalone)
         except ExportError as e:
             raise ExportError(f"{out}: is not written, since {e}") from e
         if in_the_way:
             set_aside(out)
     return out, found
+
+
+def _copy_plugins(plugins: Sequence[str], folder: Path) -> list[str]:
+    """Put a study's plugins into an export, for our own commands; their names relative to it."""
+    names: list[str] = []
+    for plugin in map(Path, plugins):
+        name, number = f"{PLUGINS}/{plugin.name}", 2
+        while name in names:
+            name, number = f"{PLUGINS}/{plugin.stem}_{number}.py", number + 1
+        (folder / PLUGINS).mkdir(exist_ok=True)
+        shutil.copyfile(plugin, folder / name)
+        names.append(name)
+    return names
+
+
+def _portable(study: StudyConfig, plugins: Sequence[str]) -> dict[str, Any]:
+    """The study with no more of where things lie than an export is evaluated by: its text, the
+    teacher, and the cache."""
+    found: dict[str, Any] = plain(study)
+    found["plugins"] = list(plugins)
+    found["output"] = Path(study.output).name
+    found["bank"]["path"] = Path(study.bank.path).name
+    guide = found["distill"]["teacher"]
+    guide["source"] = _names_only(guide["source"])
+    return found
+
+
+def _without_folders(result: Mapping[str, Any]) -> dict[str, Any]:
+    made = result["provenance"]
+    return {**result, "provenance": {**made, "command": _names_only(made["command"])}}
+
+
+def _names_only(text: str) -> str:
+    """A text with the last name of each absolute path in it."""
+    return re.sub(r"(?<![\w.~/])/[^\s,'\"\]]+", lambda path: Path(path[0]).name, text)

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mohawk_nas.errors import ExportError
 from mohawk_nas.export import check
 from mohawk_nas.files import save_tensors
 
-__all__ = ["check_folder", "verify_export"]
+__all__ = ["verify_export"]
 
 
 def verify_export(
@@ -69,15 +68,3 @@ def verify_export(
         raise ExportError(f"the exported checkpoint fails its check: {reason}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-def check_folder(folder: str, tokens: Tensor, logits: Tensor) -> dict[str, float]:
-    """The check alone, in this process.
-
-    Raises:
-        ExportError: Something differs by more than :data:`mohawk_nas.export.check.TOLERANCE`.
-    """
-    try:
-        return check.compare(folder, tokens, logits)
-    except check.Differs as e:
-        raise ExportError(str(e)) from e

@@ -25,7 +25,12 @@ HALF_BAR = 12
 
 
 def print_result(
-    result: StudyResult, *, console: Console, next_command: str | None = None, top: int = 10
+    result: StudyResult,
+    *,
+    console: Console,
+    next_command: str | None = None,
+    top: int = 10,
+    notes: Sequence[str] = (),
 ) -> None:
     """Everything a finished search has to say.
 
@@ -34,6 +39,7 @@ def print_result(
         console: Where to print.
         next_command: What to type next.
         top: Best layouts shown; baselines are shown however many there are.
+        notes: Said behind the verdict.
     """
     symbols = ", ".join(f"{symbol} = {name}" for name, symbol in result.space.symbols.items())
     console.print()
@@ -60,7 +66,7 @@ def print_result(
         if result.worth.r_squared is not None:
             _say(console, f"[dim]{text.fit_reading(result)}[/dim]")
     console.print()
-    for line in text.verdict(result):
+    for line in (*text.verdict(result), *notes):
         _say(console, line)
     if next_command:
         console.print()
@@ -80,7 +86,7 @@ def print_placement(
     _say(console, f"{text.value_name(result)} {value:.4f}, {rank}")
     _say(
         console,
-        f"against the best, {text.layers(result.best.layout)}: "
+        f"against the best, {text.named(result, result.best.layout)}: "
         f"{text.difference(placement.versus_best)}{tied}",
     )
     if result.pareto:
@@ -149,7 +155,7 @@ def _rung_table(result: StudyResult) -> Table:
     table.add_column("proposed by")
     for layout, cells in rows.items():
         style = "bold green" if layout == result.best.layout else ""
-        named = Text(text.layers(layout), style=style)
+        named = Text(text.named(result, layout), style=style)
         table.add_row(named, *cells, text.proposers(result, layout))
     return table
 

@@ -41,7 +41,7 @@ def render_report(result: StudyResult, config: StudyConfig) -> str:
         "<p>Which layers of the teacher stay attention. One symbol a layer, first layer left: "
         f"{escape(symbols)}.</p>",
         f'<div class="answer">{_strip(result, result.best.layout)}'
-        f"{paragraphs(text.verdict(result))}</div>",
+        f"{paragraphs([*text.verdict(result), *text.left_out(result, config)])}</div>",
         paragraphs(text.counts(result)),
         "<h2>Best layouts</h2>",
         _best_table(result),

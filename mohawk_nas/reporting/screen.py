@@ -16,6 +16,7 @@ from mohawk_nas.audit import AuditReport
 from mohawk_nas.config import FIGURES, StudyConfig
 from mohawk_nas.distill.logits import LogitsResult
 from mohawk_nas.evaluate import Evaluation
+from mohawk_nas.files import RowFile
 from mohawk_nas.forecast import Forecast
 from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import Figure
@@ -28,7 +29,9 @@ from mohawk_nas.reporting.text import (
     COST_NOTES,
     OBJECTIVE_NOTES,
     audit_verdict,
+    difference,
     flips,
+    left_out,
     mean_of_all,
     regret_total,
 )
@@ -59,9 +62,12 @@ def reporter() -> ConsoleReporter:
     return ConsoleReporter()
 
 
-def show_result(result: StudyResult, *, files: Sequence[Path], next_command: str) -> None:
+def show_result(
+    result: StudyResult, config: StudyConfig, *, files: Sequence[Path], next_command: str
+) -> None:
     """A finished search."""
-    print_result(result, console=_OUT, next_command=next_command)
+    notes = left_out(result, config)
+    print_result(result, console=_OUT, next_command=next_command, notes=notes)
     _say("Wrote  " + "  ".join(str(file) for file in files))
 
 
@@ -248,8 +254,8 @@ def show_audit(report: AuditReport, *, files: Sequence[Path]) -> None:
         _say(f"Wrote  {path}")
 
 
-def show_distillation(result: LogitsResult, *, next_command: str) -> None:
-    """A finished distillation."""
+def show_distillation(result: LogitsResult, folder: Path, *, next_command: str) -> None:
+    """A finished distillation in its folder."""
     versus = compare_blocks(result.after.kl, result.before.kl)
     change = versus.difference / result.before.mean_kl
     table = _table("Validation split, nats a token (lower is better)")
@@ -259,13 +265,15 @@ def show_distillation(result: LogitsResult, *, next_command: str) -> None:
         table.add_row(name, f"{figures.mean_kl:.4f}", f"{figures.mean_cross_entropy:.4f}")
     _OUT.print(table)
     _say(
-        f"KL changed by {change:+.1%} ({versus.difference:+.4f} ± {versus.standard_error:.4f}, "
+        f"KL changed by {change:+.1%} ({difference(versus)}, "
         f"paired over {len(result.after.kl)} blocks) with {result.tokens:,} tokens of stage 3."
     )
     if result.best_step == 0:
+        looks = sum("validation_kl" in row for row in RowFile(folder / "log.jsonl").rows)
         _say(
-            "No step of stage 3 was better than its start, which is kept: lower "
-            "distill.logits.lr, or give it more tokens."
+            f"Stage 3 was looked at {looks} time{'' if looks == 1 else 's'} on the validation "
+            "split, and never was it better than its start, which is kept: lower "
+            "distill.logits.lr, give it more tokens, or look more often (validate_steps)."
         )
     _next(next_command)
 
@@ -273,8 +281,8 @@ def show_distillation(result: LogitsResult, *, next_command: str) -> None:
 def show_export(folder: Path, found: Mapping[str, float], *, next_command: str) -> None:
     """A checked export."""
     _say(f"Wrote {folder}; loaded again in a fresh process:")
-    for name, difference in found.items():
-        _say(f"  {name}: largest relative difference {difference:.1e}")
+    for name, largest in found.items():
+        _say(f"  {name}: largest relative difference {largest:.1e}")
     _say("  generate(): the same tokens with and without cache, left padding included")
     _next(next_command)
 

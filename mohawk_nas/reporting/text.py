@@ -12,6 +12,7 @@ from mohawk_nas.search.statistics import Interval
 
 if TYPE_CHECKING:
     from mohawk_nas.audit import AuditReport, Trust
+    from mohawk_nas.config import StudyConfig
     from mohawk_nas.search.statistics import Regret
 
 OBJECTIVE_NOTES: Mapping[str, str] = {
@@ -78,8 +79,8 @@ def rung_counts(result: StudyResult) -> str:
 def rung_table(result: StudyResult) -> tuple[list[str], dict[Layout, list[str]]]:
     """Columns of figures, and those of each distilled layout; who came furthest and best first."""
     recall = any("recall" in s.per_block for rung in result.rungs for s in rung.scores.values())
-    columns = [f"{value_name(result)} undistilled"]
-    columns += [f"KL at {rung.tokens:,}" for rung in result.rungs]
+    columns = [f"{value_name(result)} undistilled\n(search text)"]
+    columns += [f"KL at {rung.tokens:,}\n(validation text)" for rung in result.rungs]
     columns += [*(["recall lost"] if recall else []), "tokens", "seconds"]
     rows: dict[Layout, list[str]] = {}
     for layout in dict.fromkeys(x for rung in reversed(result.rungs) for x in rung.ranking):
@@ -105,14 +106,24 @@ def verdict(result: StudyResult) -> list[str]:
             f"{name} {top.value(best.layout):.4f} after {top.tokens:,} tokens of stage 3 "
             f"({figure} undistilled)"
         )
-    lines = [f"Best: attention in layers {layers(best.layout)}, {figure}."]
+    lines = [f"Best: attention in layers {named(result, best.layout)}, {figure}."]
     if not ties:
         how = "distilled as long" if result.top_rung else "scored"
         return [*lines, f"No other layout that was {how} is tied with it."]
-    named = " | ".join(layers(trial.layout) for trial in ties[:MOST_TIES])
+    listed = " | ".join(named(result, trial.layout) for trial in ties[:MOST_TIES])
     rest = f" and {len(ties) - MOST_TIES} more" if len(ties) > MOST_TIES else ""
     subject = "1 other layout is" if len(ties) == 1 else f"{len(ties)} other layouts are"
-    return [*lines, f"{subject} tied with it within noise: {named}{rest}."]
+    return [*lines, f"{subject} tied with it within noise: {listed}{rest}."]
+
+
+def left_out(result: StudyResult, config: StudyConfig) -> list[str]:
+    """That what the study names is not part of its result, if so."""
+    wanted, found = config.search, result.weights
+    where = ["objective"] if "recall" in wanted.objective and "recall" not in found else []
+    where += ["Pareto set"] if "recall" in wanted.pareto and "recall" not in result.pareto else []
+    if not where:
+        return []
+    return [f"recall is left out of the {' and the '.join(where)}: the teacher solves no probe."]
 
 
 def reading(result: StudyResult) -> str:
@@ -265,13 +276,22 @@ def value_name(result: StudyResult) -> str:
 
 def difference(versus: Comparison) -> str:
     """A paired difference with its standard error."""
-    error = f"{versus.standard_error:.4f}" if math.isfinite(versus.standard_error) else "?"
-    return f"{versus.difference:+.4f} ± {error}"
+    largest = max(abs(versus.difference), versus.standard_error)
+    digits = ".1e" if 0 < largest < 0.001 else ".4f"
+    error = f"{versus.standard_error:{digits}}" if math.isfinite(versus.standard_error) else "?"
+    return f"{versus.difference:+{digits}} ± {error}"
 
 
 def layers(layout: Layout) -> str:
     """The attention layers as one types them, ``4,10,16,22``."""
     return ",".join(map(str, layout.attention_layers)) or "none"
+
+
+def named(result: StudyResult, layout: Layout) -> str:
+    """The attention layers, and the strip where that does not say what the others hold."""
+    if len(result.space.replacements) == 1:
+        return layers(layout)
+    return f"{layers(layout)} ({layout.strip(result.space.symbols)})"
 
 
 def proposers(result: StudyResult, layout: Layout) -> str:

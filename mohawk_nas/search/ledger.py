@@ -442,8 +442,8 @@ class Ledger:
         # What was not known then, such as a text that only rungs read, is no change.
         if changed := [key for key in identity if kept.get(key, identity[key]) != identity[key]]:
             raise RunError(
-                f"study {name!r} was begun with another {' and another '.join(changed)}; results "
-                "of both would be mixed. Restore it, or give the study another name"
+                f"study {name!r}: what it was begun with has changed ({'; '.join(changed)}); "
+                "results of both would be mixed. Restore it, or give the study another name"
             )
         if self._begin:
             # The settings last: they tell others that all is there.
