@@ -362,7 +362,7 @@ def test_a_study_with_other_settings_is_refused_by_name(tmp_path):
     run(8, 2, trials=4, run_dir=tmp_path)
     for changed in ({"seed": 3}, {"strategy": "random"}, {"objective": {"stage2_local": 1.0}}):
         key = next(iter(changed))
-        with pytest.raises(RunError, match=f"{key} was .* and is now .*search.trials may change"):
+        with pytest.raises(RunError, match=f"{key} was .* and is now .*; give the study another"):
             run(8, 2, trials=4, run_dir=tmp_path, **changed)
     with pytest.raises(RunError, match=r"budget\.attention_layers was 2 and is now 3"):
         run(8, 3, trials=4, run_dir=tmp_path)

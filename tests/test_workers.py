@@ -744,7 +744,7 @@ def test_two_workers_find_what_one_finds(tmp_path):
     other = make_study(
         tmp_path, f"output={tmp_path / 'x'}", f"search.storage={joined.search.storage}"
     )
-    with pytest.raises(RunError, match=r"'tiny': what it was begun with has changed \(teacher\)"):
+    with pytest.raises(RunError, match=r"'tiny': what it was begun with has changed \(teacher; "):
         pipeline.search(other)
     with pytest.raises(ConfigError, match="several workers need a journal file"):
         pipeline.search(make_study(tmp_path, "search.storage=sqlite:///x.db"), workers=2)

@@ -282,8 +282,7 @@ class _Study:
         if not entries:
             return
         proposals: list[Proposal] = []
-        # Those that only selectors look at are counted as well.
-        with self._reporter.stage("baselines and probes", total=None, unit="layout") as task:
+        with self._reporter.stage("baselines", total=None, unit="layout") as task:
             for entry, selector in entries.items():
                 looked: set[Layout] = set()
                 named: dict[str, list[str]] = {}
