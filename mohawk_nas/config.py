@@ -300,9 +300,9 @@ class SearchConfig:
     """Distinct layouts to score. A space that is no larger is scored whole."""
     strategy: Any = "swaps"
     """A strategy's name, or ``{name: NAME, option: value}``; so is each of ``baselines``."""
-    objective: dict[str, float] = field(default_factory=lambda: {"kl": 1.0, "recall": 0.05})
+    objective: dict[str, float] = field(default_factory=lambda: {"kl": 1.0, "recall": 0.2})
     """Objective -> weight. A single name stands for itself alone. By default losing all that the
-    teacher recalls counts as much as 0.05 nats a token; where it recalls nothing, KL alone does."""
+    teacher recalls counts as much as 0.2 nats a token; where it recalls nothing, KL alone does."""
     pareto: list[str] = field(default_factory=list)
     """Two figures or more, such as ``[kl, recall, cache]``: the result is then also the set of
     layouts that no other scored layout beats in all of them, and samplers look for that set.

@@ -10,7 +10,8 @@ know there they recall next to nothing.
 A probe is made for the teacher at hand: each template in every size that it solves. What it does
 not solve it cannot teach, and its students' answers would be noise. One template in one size tells
 less: students that recall nothing of 128 pairs differ on 16, and one that fails at a notation may
-be at home in the next. The validation split, by which the last choice is made, asks in the most.
+be at home in the next. So the splits by which the last choice is made and judged ask in many; the
+search split, which every layout answers, in two.
 
 Over length the question is another one: how far back does a model still find what it was told? The
 same few pairs, or one fact, then stand at a distance, with prose of the test split in between. Such
@@ -62,7 +63,7 @@ NUM_EXAMPLES = 4
 NUM_QUESTIONS = 12
 """That count; with the examples as many as the smallest size has pairs."""
 
-NUM_SEQUENCES: Mapping[Split, int] = {"bank": 64, "search": 64, "validation": 192, "test": 64}
+NUM_SEQUENCES: Mapping[Split, int] = {"bank": 64, "search": 64, "validation": 192, "test": 192}
 NUM_TRIED = 8
 """Sequences on which is decided whether the teacher solves a size."""
 
@@ -105,7 +106,16 @@ TEMPLATES: Mapping[Split, Sequence[Template]] = {
         Template(between=" &", after=";"),
         Template(after="\n"),
     ),
-    "test": (Template(between=" =", after=","), Template(after=".")),
+    "test": (
+        Template(between=" =", after=","),
+        Template(after="."),
+        Template(before=' "', after='"'),
+        Template(between=" ~", after="\n"),
+        Template(before=" #", between=" %", after=","),
+        Template(between=" is", after="."),
+        Template(after=" |"),
+        Template(between=" to", after=" and"),
+    ),
 }
 """Of each split: some that read like text, and some in which a value follows its key at once."""
 

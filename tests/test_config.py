@@ -44,7 +44,7 @@ def test_smallest_study():
     config = study()
     assert config.run_dir == Path("runs/x")
     assert config.data.source == ["org/text"]
-    assert config.search.objective == {"kl": 1.0, "recall": 0.05}
+    assert config.search.objective == {"kl": 1.0, "recall": 0.2}
     assert config.bank.hidden.betas == (0.9, 0.95)
     types = {type(value).__name__ for value in flatten(config).values()}
     assert not types & {"DictConfig", "ListConfig", "TupleConfig"}

@@ -213,7 +213,14 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     regret.main([str(out), *options, "--missing", str(missing)])
     (outcome,) = json.loads(report.read_text(encoding="utf-8"))["outcomes"]
     rows = {row["strategy"]: row for row in outcome["rows"]}
-    assert set(rows) == {"optimum", "default study", "random", "swap_one"}
+    assert set(rows) == {
+        "best distilled by it",
+        "optimum",
+        "default study",
+        "random",
+        "swap_one",
+    }
+    assert rows["best distilled by it"]["regret"] == 0
     # By hand: all six layouts are distilled, so all of them stand for the mean.
     distilled = {r["layout"]: r["kl"] for r in rows_of(out) if r["kind"] == "distilled"}
     scored = {r["layout"]: r["kl"] for r in rows_of(out) if r["kind"] == "zero_shot"}
@@ -270,6 +277,15 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     regret.main([str(out), *options, "--finalists", "6", "--missing", str(missing)])
     named = missing.read_text(encoding="utf-8").split()
     assert sorted(named) == sorted(set(zero_shot) - distilled)
+    # Before anything is distilled that is all there is to tell, and nothing is judged.
+    left = [row for row in left if row["kind"] != "distilled"]
+    out.write_text("".join(json.dumps(row) + "\n" for row in left), encoding="utf-8")
+    report.unlink()
+    assert regret.main([str(out), *options, "--finalists", "6", "--missing", str(missing)]) == 0
+    assert sorted(missing.read_text(encoding="utf-8").split()) == sorted(zero_shot)
+    assert not report.exists()
+    assert regret.main([str(out), *options]) == 2
+    assert "--missing FILE" in capsys.readouterr().err
 
 
 def test_an_optimum_that_is_computed_is_nobodys_pick(tmp_path):

@@ -106,7 +106,13 @@ def test_a_model_that_remembers_everything_solves_the_hardest_probe(tokenizer):
     assert not any(one & other for one in seen for other in seen if one is not other)
 
 
-def test_questions_ask_for_pairs_that_were_named_once():
+def test_no_two_splits_ask_in_the_same_notation():
+    written = [template for templates in recall.TEMPLATES.values() for template in templates]
+    assert len(set(written)) == len(written)
+
+
+def test_questions_ask_for_pairs_that_were_named_once(monkeypatch):
+    monkeypatch.setitem(recall.TEMPLATES, "test", recall.TEMPLATES["test"][:2])
     teacher = teacher_of(Memory(), tokenizer=Words())
     probe = make_probe(teacher, "test", separator=END, num_sequences=12)
     assert str(probe) == "up to 64 pairs 'KEY =VALUE,' and up to 64 pairs 'KEYVALUE.'"
@@ -134,7 +140,8 @@ def test_questions_ask_for_pairs_that_were_named_once():
     assert found[0] == (False, 16) and found[-1] == (True, 64)
 
 
-def test_the_probe_grows_until_the_teacher_fails():
+def test_the_probe_grows_until_the_teacher_fails(monkeypatch):
+    monkeypatch.setitem(recall.TEMPLATES, "test", recall.TEMPLATES["test"][:2])
     # 16 pairs of two tokens and 16 questions more: what lies further back is forgotten.
     probe = make_probe(teacher_of(Memory(reach=44)), "search", separator=END)
     assert probe.asked == ((Template(), 16),)

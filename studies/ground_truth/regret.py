@@ -8,7 +8,9 @@ that is best by the study's objective is the pick, and its regret is what it dis
 best distilled) / (mean of all layouts - best distilled), for KL, for recall, and for a sum of both
 if the study's objective is one, at the table's largest budget of stage 3. Where only some layouts
 are distilled, those drawn from the tenths of the score's range stand for all of them. `optimum` is
-the pick of a perfect search by that objective, the floor that no strategy gets below but by luck.
+the pick of a perfect search by that objective, the floor that no strategy gets below but by luck;
+`best distilled by it` is the layout whose distilled figures are best by the objective, and what it
+loses by each single figure is what the objective's weights ask for.
 
 With `--undistilled` regret is that of the score itself, for which nothing need be distilled: how
 soon a strategy finds what is best by the objective.
@@ -22,7 +24,8 @@ Intervals are bootstrapped over the text's blocks, or the recall probe's sequenc
 strategies' seeds. A table that keeps no sequences gives recall the seeds alone, so that where all
 picks are one layout there is no interval. `p` is that of the difference to the reference strategy,
 after Holm for the number of comparisons. Picks that are not distilled are counted, left out, and
-written with the finalists that are not to `--missing`, for `table.py --layouts`.
+written with the finalists that are not to `--missing`, for `table.py --layouts`; of a table that
+holds none yet all are.
 """
 
 from __future__ import annotations
@@ -392,7 +395,10 @@ def _run(
 
 def _truths(distilled: Sequence[Mapping[str, Any]], *, complete: bool) -> list[Truth]:
     if not distilled:
-        raise DataError("the table must hold distilled layouts, but has none")
+        raise DataError(
+            "the table must hold distilled layouts, but has none; --missing FILE writes which ones "
+            "strategies name, for table.py --layouts"
+        )
     by_layout: dict[str, list[Mapping[str, Any]]] = {}
     for row in distilled:
         by_layout.setdefault(row["layout"], []).append(row)
@@ -497,7 +503,8 @@ def default_study(
                 pruner = {"name": "halving", "factor": 2, "most": several}
                 if build_pruner(pruner).limit(step) < several:
                     continue
-                rungs = RungsConfig(tokens=[table.tokens], pruner=pruner)
+                # Of no table's rows yet, any budget.
+                rungs = RungsConfig(tokens=[table.tokens or 1], pruner=pruner)
                 search = named | {"trials": step, "rungs": rungs}
                 again = list(run_all(partial(_run, table, objective, search), range(seeds)))
                 distilled.append(
@@ -509,6 +516,19 @@ def default_study(
                     )
                 )
     return [*found, *distilled]
+
+
+def best_distilled(truths: Sequence[Truth], objective: Mapping[str, float]) -> list[Picks]:
+    """The pick of whoever knew what layouts distil to; its other figures are the objective's price.
+
+    None where the objective is of nothing that is known of distilled layouts.
+    """
+    judged = [t for t in truths if t.terms] or [t for t in truths if [t.name] == list(objective)]
+    best = [min(truth.values, key=truth.values.__getitem__) for truth in judged]
+    return [
+        Picks("best distilled by it", len(truth.values), [layout])
+        for truth, layout in zip(judged, best, strict=True)
+    ]
 
 
 def judge(picks: Picks, truth: Truth) -> dict[str, Any]:
@@ -624,11 +644,16 @@ def run(arguments: Sequence[str] | None) -> None:
                         runs += replay(table, objective, choice, **how)
                     except (DataError, RunError, ConfigError) as e:
                         console.print(f"{choice}: left out, {e}")
+            if options.missing and not (table.distilled or options.undistilled):
+                # Nothing to judge by yet: what is to be distilled is all that can be told.
+                missing |= dict.fromkeys(x for run in runs for x in (*run.picks, *run.finalists))
+                continue
             truths = (
                 [table.undistilled(objective)]
                 if options.undistilled
                 else table.truths_by(objective)
             )
+            runs = [*best_distilled(truths, objective), *runs]
             for truth in truths:
                 missing |= dict.fromkeys(x for run in runs for x in (*run.picks, *run.finalists))
                 missing = {x: None for x in missing if x not in truth.values}
@@ -659,6 +684,8 @@ def run(arguments: Sequence[str] | None) -> None:
     if options.missing:
         options.missing.write_text("".join(f"{x}\n" for x in missing), encoding="utf-8")
         console.print(f"{len(missing)} picks are not distilled: {options.missing}")
+    if not outcomes:
+        return
     out = options.out or options.tables[0].parent / "regret.json"
     write_json(out, {"seeds": options.seeds, "outcomes": outcomes})
     console.print(f"Wrote {out}")
