@@ -44,7 +44,7 @@ __all__ = ["Bank", "candidate_seed"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Raised when a change to the code makes old entries differ from what it would train."""
 
 

@@ -653,12 +653,23 @@ def flatten(config: StudyConfig) -> dict[str, Any]:
     return dict(_leaves(plain(config), StudyConfig))
 
 
+def _count(value: Any) -> Any:
+    """A number of tokens as people write it, such as ``8M``; anything else as it is."""
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)([KMB])", value)):
+        return round(float(found[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[found[2]])
+    return value
+
+
 def _normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A copy in which short forms have become the one long form."""
     settings: dict[str, Any] = {
         key: _normalise(value) if isinstance(value, Mapping) else value
         for key, value in raw.items()
     }
+    for key in settings:
+        if isinstance(key, str) and key.endswith("tokens"):
+            found = settings[key]
+            settings[key] = list(map(_count, found)) if isinstance(found, list) else _count(found)
     search, space, data = (settings.get(name) for name in ("search", "space", "data"))
     if isinstance(search, dict):
         if isinstance(search.get("objective"), str):

@@ -40,6 +40,17 @@ def write(folder, text, name="study.yaml"):
     return path
 
 
+def test_tokens_may_be_written_as_people_do():
+    bank = {"hidden": {"tokens": "1.5M"}}
+    overrides = ["distill.logits.tokens=2B", "search.rungs.tokens=[500K, 1M, 2097152]"]
+    config = study(*overrides, name="8M", bank=bank)
+    assert config.name == "8M" and config.bank.hidden.tokens == 1_500_000
+    assert config.distill.logits.tokens == 2_000_000_000
+    assert config.search.rungs.tokens == [500_000, 1_000_000, 2_097_152]
+    (problem,) = problems("bank.hidden.tokens=8m")
+    assert problem.startswith("bank.hidden.tokens: Value '8m' of type 'str'")
+
+
 def test_smallest_study():
     config = study()
     assert config.run_dir == Path("runs/x")

@@ -34,7 +34,7 @@ from mohawk_nas.ranks import GPU_SHARERS
 from mohawk_nas.reporting import Silent
 from mohawk_nas.reporting.console import print_result
 from mohawk_nas.reporting.html import render_report
-from mohawk_nas.reporting.text import layers, proposers
+from mohawk_nas.reporting.text import layers, proposers, verdict
 from mohawk_nas.search.leases import Pace, Worker
 from mohawk_nas.search.record import open_ledger
 from mohawk_nas.search.result import compare
@@ -252,6 +252,26 @@ def test_the_best_of_the_highest_rung_is_the_best(tmp_path):
     # Results load without a distiller, and an ended study distils nothing.
     again = MadeUpDistiller()
     assert essence(study(again, tmp_path)) == essence(result) and not again.done
+
+
+def test_distillations_that_made_layouts_worse_are_told():
+    class Learner(MadeUpDistiller):
+        """Whose students' KL is so many times the undistilled one."""
+
+        def __init__(self, times):
+            super().__init__()
+            self.times = times
+
+        def __call__(self, layouts, tokens):
+            scores = map(SyntheticScorer(8, pairs=1.0).score, layouts)
+            kl = [[self.times * x for x in score.per_block["kl"]] for score in scores]
+            return [Score(per_block={"kl": x}, tokens=tokens, seconds=1.0) for x in kl]
+
+    told = verdict(study(Learner(1.5), None, tokens=[100]))[-1]
+    assert told.startswith("The 100 tokens of stage 3 made layouts worse: KL is ")
+    assert "lower lr" in told
+    for harmless in (study(Learner(1.1), None), study(None, None, tokens=[])):
+        assert "worse" not in " ".join(verdict(harmless))
 
 
 def test_the_best_layout_of_each_baseline_is_distilled_once(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from mohawk_nas.layout import Layout
@@ -36,6 +37,8 @@ RUNGS_TITLE = (
 TIED_MARK = "≈"
 MOST_TIES = 6
 """Tied layouts named one by one."""
+SPOILT = 1.2
+"""Times its undistilled KL, on other text, from which on distilling a layout has done it harm."""
 
 
 def counts(result: StudyResult) -> list[str]:
@@ -107,13 +110,32 @@ def verdict(result: StudyResult) -> list[str]:
             f"({figure} undistilled)"
         )
     lines = [f"Best: attention in layers {named(result, best.layout)}, {figure}."]
+    worse = _spoilt(result)
     if not ties:
         how = "distilled as long" if result.top_rung else "scored"
-        return [*lines, f"No other layout that was {how} is tied with it."]
+        return [*lines, f"No other layout that was {how} is tied with it.", *worse]
     listed = " | ".join(named(result, trial.layout) for trial in ties[:MOST_TIES])
     rest = f" and {len(ties) - MOST_TIES} more" if len(ties) > MOST_TIES else ""
     subject = "1 other layout is" if len(ties) == 1 else f"{len(ties)} other layouts are"
-    return [*lines, f"{subject} tied with it within noise: {listed}{rest}."]
+    return [*lines, f"{subject} tied with it within noise: {listed}{rest}.", *worse]
+
+
+def _spoilt(result: StudyResult) -> list[str]:
+    """That the distillations which the choice goes by have made layouts worse, if so."""
+    if not (top := result.top_rung):
+        return []
+    undistilled = [result.by_layout[layout].score for layout in top.climbers]
+    distilled = [top.scores[layout] for layout in top.climbers]
+    if not all("kl" in score.per_block for score in (*undistilled, *distilled)):
+        return []
+    before, after = (fmean(s.mean("kl") for s in scores) for scores in (undistilled, distilled))
+    if after <= SPOILT * before:
+        return []
+    return [
+        f"The {top.tokens:,} tokens of stage 3 made layouts worse: KL is {after:.4f} on average, "
+        f"where undistilled it was {before:.4f} (on other text). Give the rungs a lower lr or more "
+        "tokens."
+    ]
 
 
 def left_out(result: StudyResult, config: StudyConfig) -> list[str]:
