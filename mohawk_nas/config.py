@@ -653,23 +653,21 @@ def flatten(config: StudyConfig) -> dict[str, Any]:
     return dict(_leaves(plain(config), StudyConfig))
 
 
-def _count(value: Any) -> Any:
-    """A number of tokens as people write it, such as ``8M``; anything else as it is."""
-    if isinstance(value, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)([KMB])", value)):
-        return round(float(found[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[found[2]])
-    return value
+def _copied(value: Any, key: Any = "") -> Any:
+    """A copy in which numbers of tokens may have been written as ``8M``."""
+    if isinstance(value, Mapping):
+        return {name: _copied(part, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_copied(part, key) for part in value]
+    if not (isinstance(value, str) and str(key).endswith("tokens")):
+        return value
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB])", value)
+    return round(float(found[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[found[2]]) if found else value
 
 
 def _normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A copy in which short forms have become the one long form."""
-    settings: dict[str, Any] = {
-        key: _normalise(value) if isinstance(value, Mapping) else value
-        for key, value in raw.items()
-    }
-    for key in settings:
-        if isinstance(key, str) and key.endswith("tokens"):
-            found = settings[key]
-            settings[key] = list(map(_count, found)) if isinstance(found, list) else _count(found)
+    settings: dict[str, Any] = _copied(raw)
     search, space, data = (settings.get(name) for name in ("search", "space", "data"))
     if isinstance(search, dict):
         if isinstance(search.get("objective"), str):
@@ -693,9 +691,6 @@ def _normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
             for key, name in space["pinned"].items()
         }
     mixture = data.get("mixture") if isinstance(data, dict) else None
-    if isinstance(mixture, list):
-        mixture = [dict(part) if isinstance(part, Mapping) else part for part in mixture]
-        settings["data"]["mixture"] = mixture
     for part in (data, *(mixture if isinstance(mixture, list) else ())):
         if isinstance(part, dict) and isinstance(part.get("source"), str):
             part["source"] = [part["source"]]

@@ -47,6 +47,8 @@ def test_tokens_may_be_written_as_people_do():
     assert config.name == "8M" and config.bank.hidden.tokens == 1_500_000
     assert config.distill.logits.tokens == 2_000_000_000
     assert config.search.rungs.tokens == [500_000, 1_000_000, 2_097_152]
+    gates = {"name": "gates", "tokens": 2_000_000}
+    assert study("search.baselines=[{name: gates, tokens: 2M}]").search.baselines == [gates]
     (problem,) = problems("bank.hidden.tokens=8m")
     assert problem.startswith("bank.hidden.tokens: Value '8m' of type 'str'")
 

@@ -268,7 +268,7 @@ def test_distillations_that_made_layouts_worse_are_told():
             return [Score(per_block={"kl": x}, tokens=tokens, seconds=1.0) for x in kl]
 
     told = verdict(study(Learner(1.5), None, tokens=[100]))[-1]
-    assert told.startswith("The 100 tokens of stage 3 made layouts worse: KL is ")
+    assert told.startswith("The 100 tokens of stage 3 made layouts worse: KL is 1.5 times ")
     assert "lower lr" in told
     for harmless in (study(Learner(1.1), None), study(None, None, tokens=[])):
         assert "worse" not in " ".join(verdict(harmless))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from statistics import fmean
+from statistics import median
 from typing import TYPE_CHECKING
 
 from mohawk_nas.layout import Layout
@@ -38,7 +38,7 @@ TIED_MARK = "≈"
 MOST_TIES = 6
 """Tied layouts named one by one."""
 SPOILT = 1.2
-"""Times its undistilled KL, on other text, from which on distilling a layout has done it harm."""
+"""Times their undistilled KL, on other text, from which on distilling has done layouts harm."""
 
 
 def counts(result: StudyResult) -> list[str]:
@@ -128,13 +128,13 @@ def _spoilt(result: StudyResult) -> list[str]:
     distilled = [top.scores[layout] for layout in top.climbers]
     if not all("kl" in score.per_block for score in (*undistilled, *distilled)):
         return []
-    before, after = (fmean(s.mean("kl") for s in scores) for scores in (undistilled, distilled))
-    if after <= SPOILT * before:
+    pairs = zip(distilled, undistilled, strict=True)
+    times = median(one.mean("kl") / (two.mean("kl") or math.inf) for one, two in pairs)
+    if times <= SPOILT:
         return []
     return [
-        f"The {top.tokens:,} tokens of stage 3 made layouts worse: KL is {after:.4f} on average, "
-        f"where undistilled it was {before:.4f} (on other text). Give the rungs a lower lr or more "
-        "tokens."
+        f"The {top.tokens:,} tokens of stage 3 made layouts worse: KL is {times:.1f} times what it "
+        "was undistilled (median; on other text). Give the rungs a lower lr or more tokens."
     ]
 
 

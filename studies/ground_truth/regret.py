@@ -653,7 +653,8 @@ def run(arguments: Sequence[str] | None) -> None:
                 if options.undistilled
                 else table.truths_by(objective)
             )
-            runs = [*best_distilled(truths, objective), *runs]
+            # Found by what it is judged by, so it is no strategy to compare with.
+            known_best = best_distilled(truths, objective)
             for truth in truths:
                 missing |= dict.fromkeys(x for run in runs for x in (*run.picks, *run.finalists))
                 missing = {x: None for x in missing if x not in truth.values}
@@ -665,7 +666,8 @@ def run(arguments: Sequence[str] | None) -> None:
                     )
                 p = compare(reference[-1], [run for run in runs if run not in reference], truth)
                 rows = [
-                    judge(run, truth) | {"p": p.get((run.strategy, run.layouts))} for run in runs
+                    judge(run, truth) | {"p": p.get((run.strategy, run.layouts))}
+                    for run in (*known_best, *runs)
                 ]
                 outcomes.append(
                     {
