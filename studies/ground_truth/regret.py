@@ -503,7 +503,7 @@ def default_study(
                 pruner = {"name": "halving", "factor": 2, "most": several}
                 if build_pruner(pruner).limit(step) < several:
                     continue
-                # Of no table's rows yet, any budget.
+                # Where nothing is distilled yet any budget will do.
                 rungs = RungsConfig(tokens=[table.tokens or 1], pruner=pruner)
                 search = named | {"trials": step, "rungs": rungs}
                 again = list(run_all(partial(_run, table, objective, search), range(seeds)))
