@@ -522,6 +522,10 @@ def test_the_report_tells_which_score_predicts(tmp_path, monkeypatch, capsys):
     assert seeds["kl"]["reliability"] > 0.98 and seeds["kl"]["ceiling"] > 0.98
     assert "stage2_local" in capsys.readouterr().out
     assert said["banks"] == [], "of one layout nothing is told"
+    # Cut short while the third seed was distilled: what all 30 have counts.
+    cut = [r for r in rows if r.get("seed") != 2 or int(r["layout"]) < 5]
+    seeds = load("report").seeds_of("cut", cut, "kl")
+    assert (seeds.layouts, seeds.seeds) == (30, 2)
 
 
 def test_the_report_compares_banks(tmp_path, monkeypatch):

@@ -242,14 +242,18 @@ def predict(name: str, rows: Sequence[Mapping[str, Any]], truth: str) -> list[Pr
 
 
 def seeds_of(name: str, rows: Sequence[Mapping[str, Any]], truth: str) -> Seeds | None:
-    """Of the largest budget that several seeds have."""
+    """Of the largest budget that several seeds have, and the most seeds that enough layouts have.
+
+    A table whose making was cut short holds fewer seeds of some.
+    """
     distilled = [row for row in rows if row["kind"] == "distilled" and row[truth] is not None]
     for tokens in sorted({row["tokens"] for row in distilled if row["tokens"]}, reverse=True):
         found = by_layout(distilled, truth, tokens)
-        most = max(map(len, found.values()))
-        values = np.array([v for v in found.values() if len(v) == most])
-        if most < 2 or len(values) < FEWEST:
+        counts = sorted(map(len, found.values()), reverse=True)
+        most = counts[FEWEST - 1] if len(counts) >= FEWEST else 0
+        if most < 2:
             continue
+        values = np.array([v[:most] for v in found.values() if len(v) >= most])
         means = values.mean(axis=1)
         best = values[means <= np.quantile(means, 0.25)]
         return Seeds(
