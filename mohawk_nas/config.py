@@ -47,6 +47,7 @@ __all__ = [
     "recipe_of",
     "short_recipe",
     "study_from_dict",
+    "token_count",
 ]
 
 T = TypeVar("T")
@@ -653,6 +654,20 @@ def flatten(config: StudyConfig) -> dict[str, Any]:
     return dict(_leaves(plain(config), StudyConfig))
 
 
+def token_count(text: str) -> int:
+    """A number of tokens as people write it: ``8388608``, ``500K``, ``1.5M``, ``2B``.
+
+    Raises:
+        ValueError: It is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB])|\d+", text)
+    if not found:
+        raise ValueError(f"must be a number of tokens such as 8388608 or 8M, but got {text}")
+    if not found[2]:
+        return int(text)
+    return round(float(found[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[found[2]])
+
+
 def _copied(value: Any, key: Any = "") -> Any:
     """A copy in which numbers of tokens may have been written as ``8M``."""
     if isinstance(value, Mapping):
@@ -661,8 +676,11 @@ def _copied(value: Any, key: Any = "") -> Any:
         return [_copied(part, key) for part in value]
     if not (isinstance(value, str) and str(key).endswith("tokens")):
         return value
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB])", value)
-    return round(float(found[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[found[2]]) if found else value
+    try:
+        return token_count(value)
+    except ValueError:
+        # Told with the other values that do not fit.
+        return value
 
 
 def _normalise(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from mohawk_nas.config import (
     recipe_of,
     short_recipe,
     study_from_dict,
+    token_count,
 )
 from mohawk_nas.errors import ConfigError
 
@@ -49,6 +50,10 @@ def test_tokens_may_be_written_as_people_do():
     assert config.search.rungs.tokens == [500_000, 1_000_000, 2_097_152]
     gates = {"name": "gates", "tokens": 2_000_000}
     assert study("search.baselines=[{name: gates, tokens: 2M}]").search.baselines == [gates]
+    assert token_count("0") == 0 and token_count("96M") == 96_000_000
+    for wrong in ("8m", "M", "-1", "1.5", "1e6"):
+        with pytest.raises(ValueError, match="such as 8388608 or 8M"):
+            token_count(wrong)
     (problem,) = problems("bank.hidden.tokens=8m")
     assert problem.startswith("bank.hidden.tokens: Value '8m' of type 'str'")
 

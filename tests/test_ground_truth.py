@@ -304,6 +304,18 @@ def test_an_optimum_that_is_computed_is_nobodys_pick(tmp_path):
         regret.replay(found, {"stage2_local": 1.0}, "random", **how)
 
 
+def test_what_is_best_by_a_sum_may_be_best_by_neither_figure():
+    regret = load("regret")
+    kl = regret.Truth("kl", {"0,1": 1.0, "0,2": 1.2, "0,3": 2.0}, None, [])
+    recall = regret.Truth("recall", {"0,1": -0.1, "0,2": -0.5, "0,3": -0.6}, None, [])
+    both = [kl, recall, regret.Truth.sum_of([(1.0, kl), (1.0, recall)])]
+    (found,) = regret.best_distilled(both, {"kl": 1.0, "recall": 1.0})
+    assert found.picks == ["0,2"] and found.layouts == 3
+    (found,) = regret.best_distilled([kl, recall], {"recall": 1.0})
+    assert found.picks == ["0,3"]
+    assert regret.best_distilled([kl, recall], {"stage2_local": 1.0}) == []
+
+
 def test_a_finalist_is_picked_by_what_the_objective_weighs(table, study, tmp_path):
     regret = load("regret")
     path, _ = study

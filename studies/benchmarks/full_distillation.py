@@ -35,7 +35,7 @@ import yaml
 
 from mohawk_nas import pipeline
 from mohawk_nas.bench.results import environment
-from mohawk_nas.config import StudyConfig, load_study, plain
+from mohawk_nas.config import StudyConfig, load_study, plain, token_count
 from mohawk_nas.errors import InputError, LayoutError, MohawkError
 from mohawk_nas.evaluate import Evaluation, Examination, find_target, record, write_record
 from mohawk_nas.export.hf import describe_candidates, load_hybrid
@@ -78,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("study", type=Path)
     add("overrides", nargs="*", help="changes to the study, e.g. distill.logits.lr=3e-4")
     add("--layouts", nargs="+", default=["searched,uniform,none"], help="e.g. searched none 4,10")
-    add("--tokens", type=number, help="of stage 3 a layout, e.g. 50M; distill.logits.tokens")
+    add("--tokens", type=token_count, help="of stage 3 a layout, e.g. 50M; distill.logits.tokens")
     add("--tasks", type=words, default=[], help="of lm-eval, e.g. lambada_openai,piqa")
     add("--task-data", type=Path, help="folder with their rows; else the hub")
     add("--limit", type=int, help="items of each task; all")
@@ -87,11 +87,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--part", type=part, default=(0, 1), help="1/2 and 2/2 share the layouts of two processes")
     add("--out", type=Path, default=RESULTS, help="folder of the results file")
     return parser.parse_intermixed_args(argv)
-
-
-def number(text: str) -> int:
-    scale = {"K": 1_000, "M": 1_000_000}.get(text[-1:], 1)
-    return int(float(text.rstrip("KM")) * scale)
 
 
 def words(text: str) -> list[str]:

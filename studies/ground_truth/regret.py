@@ -521,7 +521,7 @@ def default_study(
 def best_distilled(truths: Sequence[Truth], objective: Mapping[str, float]) -> list[Picks]:
     """The pick of whoever knew what layouts distil to; its other figures are the objective's price.
 
-    None where the objective is of nothing that is known of distilled layouts.
+    Nobody's where the objective is of nothing that is known of distilled layouts.
     """
     judged = [t for t in truths if t.terms] or [t for t in truths if [t.name] == list(objective)]
     best = [min(truth.values, key=truth.values.__getitem__) for truth in judged]

@@ -47,6 +47,7 @@ from mohawk_nas.config import (
     load_study,
     plain,
     recipe_of,
+    token_count,
 )
 from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import InputError, MohawkError, RunError
@@ -112,11 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def numbers(text: str) -> list[int]:
-    scale = {"K": 1_000, "M": 1_000_000}
-    return [
-        int(float(word[:-1]) * scale[word[-1]]) if word[-1] in scale else int(word)
-        for word in text.split(",")
-    ]
+    return [token_count(word) for word in text.split(",")]
 
 
 def part(text: str) -> tuple[int, int]:

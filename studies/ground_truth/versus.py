@@ -37,7 +37,7 @@ import numpy.typing as npt
 from table import name_of, numbers, part, to_the_end
 
 from mohawk_nas import pipeline
-from mohawk_nas.config import LogitsConfig, StudyConfig, load_study, recipe_of
+from mohawk_nas.config import LogitsConfig, StudyConfig, load_study, recipe_of, token_count
 from mohawk_nas.distill.several import distil_layouts
 from mohawk_nas.errors import InputError, LayoutError, MohawkError
 from mohawk_nas.files import RowFile, write_json
@@ -77,16 +77,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("study", type=Path)
     add("overrides", nargs="*", help="changes to the study, e.g. seed=1")
     add("--rivals", nargs="+", default=["uniform", "swap_one", "random"])
-    add("--tokens", type=number, help="of stage 3, e.g. 4M; distill.logits.tokens")
+    add("--tokens", type=token_count, help="of stage 3, e.g. 4M; distill.logits.tokens")
     add("--seeds", type=numbers, default=[0], help="of stage 3, e.g. 0,1,2")
     add("--part", type=part, default=(0, 1), help="1/2 and 2/2 share the work of two processes")
     add("--out", type=Path, help="versus.json in the run's folder")
     return parser.parse_intermixed_args(argv)
-
-
-def number(text: str) -> int:
-    (found,) = numbers(text)
-    return found
 
 
 def make(config: StudyConfig, args: argparse.Namespace) -> None:
