@@ -613,76 +613,39 @@ def run(arguments: Sequence[str] | None) -> None:
         parser.error("--finalists: are distilled, which --undistilled leaves out")
     console, outcomes = Console(width=140), []
     missing: dict[str, None] = {}
-    for path in options.tables:
-        table = GroundTruth.read(path)
-        for text in options.by:
-            objective = _objective(text)
-            known = next(iter(table.scores.values()))
-            if unknown := [name for name in objective if name not in known]:
-                raise DataError(
-                    f"--by: {unknown[0]!r} must be a score of {path}, which has {', '.join(known)}"
-                )
-            size = table.budget.count(table.space)
-            runs = [Picks("optimum", size, table.best(objective, 1))]
-            for count in options.finalists:
-                best = table.best(objective, count)
-                pick = table.pick_of(best, objective)
-                runs.append(Picks(f"optimum, rung of {count}", size, [pick], best))
-            with _mapped(options.workers) as run_all:
-                how = {"seeds": options.seeds, "most": options.most, "run_all": run_all}
-                named = options.baselines and list(map(yaml.safe_load, options.baselines))
-                runs += default_study(
-                    table,
-                    objective,
-                    finalists=options.finalists,
-                    baselines=named,
-                    then=options.then,
-                    **how,
-                )
-                for choice in map(yaml.safe_load, options.strategies):
-                    try:
-                        runs += replay(table, objective, choice, **how)
-                    except (DataError, RunError, ConfigError) as e:
-                        console.print(f"{choice}: left out, {e}")
-            if options.missing and not (table.distilled or options.undistilled):
-                # Nothing to judge by yet: what is to be distilled is all that can be told.
-                missing |= dict.fromkeys(x for run in runs for x in (*run.picks, *run.finalists))
-                continue
-            truths = (
-                [table.undistilled(objective)]
-                if options.undistilled
-                else table.truths_by(objective)
-            )
-            # Found by what it is judged by, so it is no strategy to compare with.
-            known_best = best_distilled(truths, objective)
-            for truth in truths:
-                missing |= dict.fromkeys(x for run in runs for x in (*run.picks, *run.finalists))
-                missing = {x: None for x in missing if x not in truth.values}
-                reference = [run for run in runs if run.strategy == options.reference]
-                if not reference:
+    # One pool for all: a process takes seconds to start.
+    with _mapped(options.workers) as run_all:
+        for path in options.tables:
+            table = GroundTruth.read(path)
+            for text in options.by:
+                objective = _objective(text)
+                known = next(iter(table.scores.values()))
+                if unknown := [name for name in objective if name not in known]:
                     raise DataError(
-                        f"--reference: must be one of {', '.join({r.strategy: 0 for r in runs})}, "
-                        f"but is {options.reference!r}"
+                        f"--by: {unknown[0]!r} must be a score of {path}, which has "
+                        f"{', '.join(known)}"
                     )
-                p = compare(reference[-1], [run for run in runs if run not in reference], truth)
-                rows = [
-                    judge(run, truth) | {"p": p.get((run.strategy, run.layouts))}
-                    for run in (*known_best, *runs)
-                ]
-                outcomes.append(
-                    {
-                        "table": table.name,
-                        "objective": text,
-                        "judged_by": (
-                            "the score"
-                            if options.undistilled
-                            else f"distilled {truth.name}, {table.tokens:,} tokens"
-                        ),
-                        "layouts": len(truth.values),
-                        "rows": rows,
-                    }
+                runs = replay_all(table, objective, options, run_all, console)
+                named = dict.fromkeys(x for run in runs for x in (*run.picks, *run.finalists))
+                if options.missing and not (table.distilled or options.undistilled):
+                    # Nothing to judge by yet: what is to be distilled is all that can be told.
+                    missing |= named
+                    continue
+                truths = (
+                    [table.undistilled(objective)]
+                    if options.undistilled
+                    else table.truths_by(objective)
                 )
-                show(outcomes[-1], console)
+                missing |= {x: None for x in named if x not in truths[0].values}
+                for outcome in judge_all(runs, truths, objective, options.reference):
+                    by = (
+                        "the score"
+                        if options.undistilled
+                        else f"distilled {outcome['judged_by']}, {table.tokens:,} tokens"
+                    )
+                    head = {"table": table.name, "objective": text}
+                    outcomes.append(head | outcome | {"judged_by": by})
+                    show(outcomes[-1], console)
     if options.missing:
         options.missing.write_text("".join(f"{x}\n" for x in missing), encoding="utf-8")
         console.print(f"{len(missing)} picks are not distilled: {options.missing}")
@@ -691,6 +654,62 @@ def run(arguments: Sequence[str] | None) -> None:
     out = options.out or options.tables[0].parent / "regret.json"
     write_json(out, {"seeds": options.seeds, "outcomes": outcomes})
     console.print(f"Wrote {out}")
+
+
+def replay_all(
+    table: GroundTruth,
+    objective: Mapping[str, float],
+    options: argparse.Namespace,
+    run_all: Mapped,
+    console: Console,
+) -> list[Picks]:
+    """What the optimum, the default study and every strategy pick."""
+    size = table.budget.count(table.space)
+    runs = [Picks("optimum", size, table.best(objective, 1))]
+    for count in options.finalists:
+        best = table.best(objective, count)
+        pick = table.pick_of(best, objective)
+        runs.append(Picks(f"optimum, rung of {count}", size, [pick], best))
+    how = {"seeds": options.seeds, "most": options.most, "run_all": run_all}
+    named = options.baselines and list(map(yaml.safe_load, options.baselines))
+    runs += default_study(
+        table,
+        objective,
+        finalists=options.finalists,
+        baselines=named,
+        then=options.then,
+        **how,
+    )
+    for choice in map(yaml.safe_load, options.strategies):
+        try:
+            runs += replay(table, objective, choice, **how)
+        except (DataError, RunError, ConfigError) as e:
+            console.print(f"{choice}: left out, {e}")
+    return runs
+
+
+def judge_all(
+    runs: Sequence[Picks],
+    truths: Sequence[Truth],
+    objective: Mapping[str, float],
+    reference: str,
+) -> Iterator[dict[str, Any]]:
+    """The picks' regrets by each figure, and p of their difference to the reference's."""
+    base = [run for run in runs if run.strategy == reference]
+    if not base:
+        raise DataError(
+            f"--reference: must be one of {', '.join({r.strategy: 0 for r in runs})}, but is "
+            f"{reference!r}"
+        )
+    # Found by what it is judged by, so it is no strategy to compare with.
+    known_best = best_distilled(truths, objective)
+    for truth in truths:
+        p = compare(base[-1], [run for run in runs if run not in base], truth)
+        rows = [
+            judge(run, truth) | {"p": p.get((run.strategy, run.layouts))}
+            for run in (*known_best, *runs)
+        ]
+        yield {"judged_by": truth.name, "layouts": len(truth.values), "rows": rows}
 
 
 def _objective(text: str) -> dict[str, float]:
