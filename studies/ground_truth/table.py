@@ -107,7 +107,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds-of", type=int, help="layouts that get the seeds after the first; all")
     add("--at-once", type=int, help="students trained side by side; as memory allows")
     add("--part", type=part, default=(0, 1), help="1/2 and 2/2 share the work of two GPUs or hosts")
-    add("--workers", type=int, default=1, help="processes, on the next GPU in turn; they share one's memory")
+    add("--workers", type=int, default=1, help="processes, each on the next GPU in turn")
     add("--minutes", type=float, default=float("inf"), help="begin nothing after so long")
     return parser.parse_intermixed_args(argv)
 
