@@ -575,10 +575,18 @@ def test_the_replay_of_a_table_tells_regrets(tmp_path, capsys, monkeypatch):
     assert "made-up: 2 of 7 layers, 21 layouts, kl" in printed
     # The table has only the others' probes.
     assert printed.count("greedy(direction=remove): left out, made-up: has no value for [") == 1
-    # Nor has any of them stage-2 losses.
+    # Nor has it stage-2 losses, which are all 0 in made-up spaces.
     for label in ("swaps", "stage2_rank"):
         assert printed.count(f"{label}: left out, made-up: knows no stage-2 losses") == 1
-        assert printed.count(f"{label}: left out, made-up roles: knows no stage-2 losses") == 2
+    assert all(set(space["regret"]) == {*found["regret"], "swaps"} for space in made_up)
+    # Behind a baseline a strategy begins with what that found.
+    arguments += ["--baselines", "first", "greedy", "--most", "8"]
+    replay.main(arguments)
+    for space in json.loads(out.read_text())["tables"][:2]:
+        assert space["baselines"] == ["first", "greedy"] and space["steps"] == [4, 8]
+        greedy = space["picks"]["greedy"]["regrets"]
+        for seeds in space["regret"].values():
+            assert all(curve[0] <= regret for curve, regret in zip(seeds, greedy, strict=True))
 
 
 def test_a_known_layout_gives_way_to_the_cheapest_unseen_swap():

@@ -10,10 +10,16 @@ the best layout found is above the best there is, as a share of (mean of all lay
 
     python studies/benchmarks/replay.py TABLE --strategies random '{name: tpe, encoding: slots}'
 
+With `--baselines` the strategies go on from what these scored, as they do in a study; what they
+look at off the budget is not counted:
+
+    python studies/benchmarks/replay.py --made-up pairs,24,4 --baselines greedy --strategies swaps
+
 Made-up spaces are drawn anew for each seed. In `pairs` each layer that keeps attention has an
 effect and so has each two of them, both with the same spread over the layouts on the budget: just
 what a pairwise surrogate assumes. In `roles` each of six roles is played by the best of the layers
-that keep attention, so layers stand in for each other.
+that keep attention, so layers stand in for each other. Their mixers have no stage-2 losses, so all
+are 0 there.
 
 A table is a JSON object: `name`, `num_layers`, `attention_layers` (how many a layout keeps),
 `objective`, `possible` (layouts on the budget), `layouts` (a list of `{"layout": [1, 5],
@@ -210,6 +216,10 @@ class MadeUp(Scores):
         value = float(self.formula(self.kept([layout]))[0])
         return Score(per_block={self.objective: (value,)}, tokens=0, seconds=0.0)
 
+    def stage2_losses(self) -> dict[tuple[int, str], float]:
+        (mixer,) = self.space.replacements
+        return {(layer, mixer): 0.0 for layer in range(self.num_layers)}
+
 
 def pairs(
     rng: np.random.Generator, num_layers: int, num_attention: int
@@ -245,6 +255,7 @@ def replay(
     *,
     strategies: Sequence[str] = STRATEGIES,
     selectors: Sequence[str] = SELECTORS,
+    baselines: Sequence[str] = (),
     most: int = 64,
 ) -> dict[str, Any]:
     """Regrets of every strategy and selector.
@@ -253,12 +264,14 @@ def replay(
         tables: One a seed; the same one for all seeds, or spaces made up by the same rule.
         strategies: As a study names them.
         selectors: As a study names them.
+        baselines: Scored before each strategy begins.
         most: Most layouts that a run scores.
     """
     first = tables[0]
     possible = first.budget.count(first.space)
     # One layout short of the whole space, which the study would enumerate instead.
     steps = [step for step in STEPS if step <= min(most, possible - 1)]
+    named = [yaml.safe_load(choice) for choice in baselines]
     curves: dict[str, list[list[float]]] = {}
     seconds: dict[str, float] = {}
     for choice in map(yaml.safe_load, strategies):
@@ -266,7 +279,7 @@ def replay(
         regrets = []
         for seed, table in enumerate(tables):
             try:
-                result = table.study(seed=seed, strategy=choice, trials=steps[-1], baselines=[])
+                result = table.study(seed=seed, strategy=choice, trials=steps[-1], baselines=named)
             except (DataError, RunError) as e:
                 print(f"{label}: left out, {e}")
                 break
@@ -301,6 +314,7 @@ def replay(
         "num_layers": first.num_layers,
         "attention_layers": first.num_attention,
         "layouts": possible,
+        "baselines": named,
         "additive_r_squared": statistics.fmean(table.additive_r_squared for table in tables),
         "steps": steps,
         "random_expected": [
@@ -348,6 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--made-up", nargs="*", default=[], metavar="KIND,LAYERS,KEPT")
     parser.add_argument("--strategies", nargs="*", default=STRATEGIES, metavar="STRATEGY")
     parser.add_argument("--selectors", nargs="*", default=SELECTORS, metavar="SELECTOR")
+    parser.add_argument("--baselines", nargs="*", default=[], metavar="SELECTOR")
     parser.add_argument("--seeds", type=int, default=10, help="runs of each strategy")
     parser.add_argument("--most", type=int, default=64, help="most layouts scored in a run")
     parser.add_argument("--out", type=Path, default=RESULTS / "replay.json")
@@ -365,14 +380,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tables,
             strategies=options.strategies,
             selectors=options.selectors,
+            baselines=options.baselines,
             most=options.most,
         )
         outcomes.append(outcome)
         show(outcome, console)
     console.print(
         "Regret after so many layouts: (best found - best there is) / (mean of all - best there "
-        "is); lower is better. Mean (worst) of the seeds, no baseline scored beforehand. Chance: "
-        "the mean of random search over all seeds, computed. Seconds include Optuna's storage.",
+        "is); lower is better. Mean (worst) of the seeds, "
+        f"{'baselines' if options.baselines else 'no baseline'} scored beforehand. Chance: the "
+        "mean of random search over all seeds, computed. Seconds include Optuna's storage.",
         style="dim",
     )
     typed = sys.argv[1:] if arguments is None else arguments
