@@ -385,6 +385,9 @@ def test_layouts_are_distilled_in_full_and_evaluated(
         assert student["text"][0]["value"] == pytest.approx(figures.mean_kl, rel=1e-5)
         assert student["text"][0]["value"] != undistilled["text"][0]["value"]
         assert row["tokens"] == 640 and row["validation_kl"] < row["validation_kl_before"]
+        looks = dict(row["validation_curve"])
+        assert row["validation_kl"] == pytest.approx(looks[row["best_step"]])
+        assert row["validation_kl"] == pytest.approx(min(looks.values()))
         assert row["made_with"]["versions"]["torch"] and row["made_with"]["cpu"]
         cell = f"{student['text'][0]['value']:.4f} ± {student['text'][0]['standard_error']:.4f}"
         (line,) = [

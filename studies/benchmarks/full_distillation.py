@@ -39,7 +39,7 @@ from mohawk_nas.config import StudyConfig, load_study, plain, token_count
 from mohawk_nas.errors import InputError, LayoutError, MohawkError
 from mohawk_nas.evaluate import Evaluation, Examination, find_target, record, write_record
 from mohawk_nas.export.hf import describe_candidates, load_hybrid
-from mohawk_nas.files import atomic_write, read_json, write_json
+from mohawk_nas.files import RowFile, atomic_write, read_json, write_json
 from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import Figure
 from mohawk_nas.plan import find_problems
@@ -201,11 +201,15 @@ def distil(config: StudyConfig, job: Job) -> dict[str, Any]:
     result, _ = pipeline.distill(pipeline.load_best(folder), reporter=screen.reporter())
     # A GPU's memory is the next one's.
     gc.collect()
+    log = RowFile(folder / "distill" / "log.jsonl").rows
     return {
         "tokens": result.tokens,
         "best_step": result.best_step,
         "validation_kl_before": result.before.mean_kl,
         "validation_kl": result.after.mean_kl,
+        "validation_curve": [
+            [row["step"], row["validation_kl"]] for row in log if "validation_kl" in row
+        ],
     }
 
 
