@@ -28,7 +28,7 @@ from mohawk_nas.files import RowFile, read_json, write_json
 from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.metrics import evaluate_blocks
 from mohawk_nas.plan import find_problems
-from mohawk_nas.recall import answers
+from mohawk_nas.recall import answers, notation_of
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.runs import check_identity, check_run_dir, no_search, only_one
 from mohawk_nas.search import statistics
@@ -184,7 +184,9 @@ def audit(
         # Bank and text before anyone asks for them at once.
         texts = bench.training_text(tokens), bench.blocks[SPLIT]
         read = [text.fingerprint for text in texts]
-        _claim(folder, {"logits": recipe_of(recipe), "split": SPLIT, "texts": read})
+        asked = notation_of(SPLIT) if bench.probe(SPLIT) else None
+        settings = {"logits": recipe_of(recipe), "split": SPLIT, "texts": read, "recall": asked}
+        _claim(folder, settings)
         bench.bank.train(bench.space.replaceable, reporter=reporter)
         drawn = _draw(bench, result, folder / "drawn.json")
         work = _Work(
@@ -264,18 +266,18 @@ def measure_on(
 ) -> Callable[[Any], dict[str, Any]]:
     """What a distilled student is measured by: KL of each block, cross-entropy, recall.
 
-    Recall is the share of right answers, and that of each of the probe's sequences beside it.
+    Recall is the share of right answers, the mean of the probe's parts beside it.
     """
     probe = bench.probe(split)
 
     def measure(model: Any) -> dict[str, Any]:
         figures = evaluate_blocks(bench.teacher, model, bench.blocks[split])
-        right = None if probe is None else answers(model, probe)
+        parts = None if probe is None else probe.parts(answers(model, probe))
         return {
             "kl_blocks": list(figures.kl),
             "cross_entropy": figures.mean_cross_entropy,
-            "recall": None if right is None else right.mean().item(),
-            "recall_sequences": None if right is None else right.tolist(),
+            "recall": None if parts is None else parts.mean().item(),
+            "recall_parts": None if parts is None else parts.tolist(),
         }
 
     return measure
@@ -299,7 +301,7 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
         # What stands at its default may be left out.
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         # Earlier versions measured on the validation split, and said nothing of it.
-        changed += [key for key in ("split", "texts") if kept.get(key) != settings[key]]
+        changed += [key for key in ("split", "texts", "recall") if kept.get(key) != settings[key]]
         raise RunError(
             f"{folder}: holds an audit with another {', '.join(changed)}; remove the folder to "
             "begin anew"
@@ -562,12 +564,10 @@ def _report(
     if rows[0]["recall"] is not None:
         figures["recall"] = np.array([[row["recall"] for row in whole[x]] for x in layouts])
         by_seed["recall"] = [[row["recall"] for row in by_layout[x][:repeats]] for x in repeated]
-    # Figure -> (N, S, B), by blocks of text or sequences of the probe, lower is better.
+    # Figure -> (N, S, B), by blocks of text or parts of the probe, lower is better.
     parts = {"kl": blocks}
-    # Audits begun by an earlier version lack them.
-    if all(row.get("recall_sequences") for found in whole.values() for row in found):
-        by_sequence = [[row["recall_sequences"] for row in whole[x]] for x in layouts]
-        parts["recall"] = -np.array(by_sequence)
+    if rows[0]["recall"] is not None:
+        parts["recall"] = -np.array([[row["recall_parts"] for row in whole[x]] for x in layouts])
     # A block's gap is much the same in every seed, so seeds add no blocks.
     over_seeds = blocks.mean(axis=1)
     order = np.argsort(over_seeds.mean(axis=1), kind="stable")

@@ -61,7 +61,7 @@ class Evaluation:
     recall: float | None
     """Share of right answers to the test split's probe, 0 to 1; None if the teacher solves none."""
     answers: tuple[float, ...] = ()
-    """The same for each sequence of the probe."""
+    """The same for each part of the probe, of which it is the mean."""
     lengths: tuple[Figure, ...] = ()
     """Recall over length, a figure each probe of the examination."""
     tasks: tuple[Figure, ...] = ()
@@ -145,7 +145,9 @@ class Examination:
                 bench.blocks["test"],
                 batch_size=bench.config.search.batch_size,
             )
-            shares = () if self.probe is None else tuple(answers(model, self.probe).tolist())
+            shares: tuple[float, ...] = ()
+            if self.probe is not None:
+                shares = tuple(self.probe.parts(answers(model, self.probe)).tolist())
         found, probes = [], self.length_probes if further else []
         with reporter.stage(f"recall, {name}", total=len(probes), unit="probe") as task:
             for probe in probes:

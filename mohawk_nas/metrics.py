@@ -120,7 +120,7 @@ class Figure:
     standard_error: float | None
     """None where nobody knows it."""
     items: tuple[float, ...] = ()
-    """A number a block, sequence or question, of which the value is the mean: models are compared
+    """A number a block, notation or question, of which the value is the mean: models are compared
     item by item. Empty where the value is no mean."""
     higher_is_better: bool = False
 

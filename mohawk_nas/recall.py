@@ -7,11 +7,13 @@ what a search was led by is not what its result is judged by. A sequence begins 
 many models attend to the first token wherever there is nothing to look up, and without the one they
 know there they recall next to nothing.
 
-A probe is made for the teacher at hand: each template in every size that it solves. What it does
-not solve it cannot teach, and its students' answers would be noise. One template in one size tells
-less: students that recall nothing of 128 pairs differ on 16, and one that fails at a notation may
-be at home in the next. So the splits by which the last choice is made and judged ask in many; the
-search split, which every layout answers, in two.
+A probe is made for the teacher at hand: of the templates those that it solves, each in a size of
+its own. What it does not solve it cannot teach, and its students' answers would be noise. Few tell
+little: students that recall nothing of 128 pairs differ on 16, and one that fails at a notation may
+be at home in the next, so that two layouts differ from one set of seven templates to the next by
+several times what the drawing of sequences explains (studies/ground_truth). So there are many, the
+most in the splits by which the last choice is made and judged, and a notation's sequences count as
+one answer wherever an interval is told.
 
 Over length the question is another one: how far back does a model still find what it was told? The
 same few pairs, or one fact, then stand at a distance, with prose of the test split in between. Such
@@ -56,7 +58,7 @@ SOLVED = 0.7
 """Share of right answers from which on a teacher counts as solving a probe; guessing gives 0."""
 
 NUM_PAIRS = (16, 32, 64, 128)
-"""Sizes of a probe: of each template all are asked until the teacher fails."""
+"""Sizes of a probe: templates take them in turn, as far as the teacher solves them."""
 
 NUM_EXAMPLES = 4
 """Questions at the start that do not count: they show what is asked for."""
@@ -64,6 +66,8 @@ NUM_QUESTIONS = 12
 """That count; with the examples as many as the smallest size has pairs."""
 
 NUM_SEQUENCES: Mapping[Split, int] = {"bank": 64, "search": 64, "validation": 192, "test": 192}
+FEW_NOTATIONS = 8
+"""Below this number their spread is not known."""
 NUM_TRIED = 8
 """Sequences on which is decided whether the teacher solves a size."""
 
@@ -89,33 +93,40 @@ class Template:
     between: str = ""
     after: str = ""
 
+    @classmethod
+    def parse(cls, text: str) -> Template:
+        """The template that is written like one of its pairs, such as ``" (KEY,VALUE)"``."""
+        before, _, rest = text.partition("KEY")
+        between, _, after = rest.partition("VALUE")
+        return cls(before=before, between=between, after=after)
+
     def __str__(self) -> str:
         return f"{self.before}KEY{self.between}VALUE{self.after}".strip()
 
 
-TEMPLATES: Mapping[Split, Sequence[Template]] = {
-    "bank": (Template(before="\n", between=" -"), Template(after=",")),
-    "search": (Template(before="\n", between=":"), Template()),
+_WRITTEN: Mapping[Split, Sequence[str]] = {
+    "bank": ("\nKEY -VALUE,", "KEYVALUE,"),
+    "search": (
+        *("\nKEY:VALUE", "KEYVALUE", "KEY +VALUE;", " [KEY,VALUE]"),
+        *("KEY asVALUE.", "KEYVALUE:", "KEY $VALUE\n", " -KEYVALUE\n"),
+    ),
     "validation": (
-        Template(before=" (", between=",", after=")"),
-        Template(after=";"),
-        Template(between=" =>", after="\n"),
-        Template(before=" {", after="}"),
-        Template(between=" <", after=">"),
-        Template(between=" as", after=";"),
-        Template(between=" &", after=";"),
-        Template(after="\n"),
+        *(" (KEY,VALUE)", "KEYVALUE;", "KEY =>VALUE\n", " {KEYVALUE}", "KEY <VALUE>"),
+        *("KEY orVALUE;", "KEY &VALUE;", "KEYVALUE\n", "KEY ::VALUE,", " *KEYVALUE\n"),
+        *("KEY atVALUE,", "KEY ..VALUE\n", "\nKEY >>VALUE", "KEY \\VALUE;", " ofKEYVALUE,"),
+        *("KEY upVALUE.", "KEY !VALUE\n", " ^KEYVALUE", "KEYVALUE /", "KEY soVALUE;"),
+        *("KEY _VALUE,", "KEYVALUE no", " =KEYVALUE;", "KEY |VALUE;"),
     ),
     "test": (
-        Template(between=" =", after=","),
-        Template(after="."),
-        Template(before=' "', after='"'),
-        Template(between=" ~", after="\n"),
-        Template(before=" #", between=" %", after=","),
-        Template(between=" is", after="."),
-        Template(after=" |"),
-        Template(between=" to", after=" and"),
+        *("KEY =VALUE,", "KEYVALUE.", ' "KEYVALUE"', "KEY ~VALUE\n", " #KEY %VALUE,"),
+        *("KEY isVALUE.", "KEYVALUE |", "KEY toVALUE and", "KEY --VALUE;", " `KEYVALUE`"),
+        *("KEY inVALUE,", "\n>KEY :VALUE", "KEYVALUE?", "KEY ==VALUE\n", "KEY doVALUE;"),
+        *(" <<KEYVALUE>>", "KEY byVALUE.", "\n+KEYVALUE,", "KEY ;VALUE\n", "KEY ?VALUE."),
+        *(" ifKEYVALUE,", "KEYVALUE!", "KEY onVALUE\n", "KEY *VALUE;"),
     ),
+}
+TEMPLATES: Mapping[Split, Sequence[Template]] = {
+    split: tuple(map(Template.parse, written)) for split, written in _WRITTEN.items()
 }
 """Of each split: some that read like text, and some in which a value follows its key at once."""
 
@@ -181,13 +192,40 @@ class RecallProbe(Questions):
 
     split: Split
     asked: Sequence[tuple[Template, int]]
-    """Templates, and the most pairs that each is asked with."""
+    """Templates, and the pairs that each is asked with."""
+    asked_by: Tensor
+    """Which of ``asked`` each sequence is of, ``(S,)``, on the CPU."""
     teacher_recall: float
     """Share of the teacher's answers that are right, 0 to 1."""
 
     def __str__(self) -> str:
         """For people: what is asked."""
-        return " and ".join(f"up to {most} pairs '{template}'" for template, most in self.asked)
+        sizes = sorted({num_pairs for _, num_pairs in self.asked})
+        pairs = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
+        such = "" if len(self.asked) == 1 else f"{len(self.asked)} notations such as "
+        return f"{such}'{self.asked[0][0]}', {pairs} pairs"
+
+    def parts(self, right: Tensor) -> Tensor:
+        """What an interval of recall is over: each notation's mean of :func:`answers`, ``(S,)``.
+
+        Where notations are fewer than ``FEW_NOTATIONS``, the sequences: such an interval knows
+        nothing of other notations and is too narrow.
+        """
+        if len(self.asked) < FEW_NOTATIONS:
+            return right
+        notation = self.asked_by.to(right.device)
+        total = right.new_zeros(len(self.asked)).index_add(0, notation, right)
+        return total / notation.bincount()
+
+    def by_block(self, right: Tensor, num_blocks: int) -> Tensor:
+        """:func:`answers`, ``(S,)``, dealt out to the blocks of a text that they are added to.
+
+        A block's are of one notation, or of few, so that what tells blocks apart tells notations
+        apart, too. ``num_blocks`` must divide S.
+        """
+        order = self.asked_by.argsort(stable=True).to(right.device)
+        dealt: Tensor = right[order].unflatten(0, (num_blocks, -1)).mean(1)
+        return dealt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +253,7 @@ def make_probe(
     num_sequences: int | None = None,
     seed: int = 0,
 ) -> RecallProbe | None:
-    """What the teacher solves of a split: its templates, each in all sizes up to where it fails.
+    """What the teacher solves of a split: its templates, each in one size.
 
     Args:
         teacher: Answers first.
@@ -230,55 +268,63 @@ def make_probe(
     words = _words(teacher, split)
     start = [] if separator is None else [separator]
     written = [(template, _glue(teacher, template)) for template in TEMPLATES[split]]
-    solved = [
-        (template, glue, num_pairs)
-        for template, glue in written
-        if glue is not None
-        for num_pairs in _sizes(teacher, glue, words, start, f"{seed} {split} {template}")
-    ]
+    usable = [(template, glue) for template, glue in written if glue is not None]
+    solved: dict[tuple[Template, int], tuple[list[int], list[int], list[int]]] = {}
+    # Where there are fewer templates than sizes, some are asked in several.
+    for number in range(max(len(usable), len(NUM_PAIRS)) if usable else 0):
+        template, glue = usable[number % len(usable)]
+        largest = number % len(NUM_PAIRS)
+        size = _size(teacher, glue, words, start, f"{seed} {split} {template}", largest)
+        if size is not None:
+            solved[template, size] = glue
     if not solved:
         return None
     num_sequences = num_sequences or NUM_SEQUENCES[split]
     parts = []
-    for number, (template, glue, num_pairs) in enumerate(solved):
+    for number, ((template, num_pairs), glue) in enumerate(solved.items()):
         count = len(range(number, num_sequences, len(solved)))
         rng = random.Random(f"{seed} {split} {template} {num_pairs}")
-        parts.append(_rows(words, start, glue, num_pairs, count, rng))
-    parts = sorted((part for part in parts if len(part[0])), key=lambda part: part[0].shape[1])
-    length = parts[-1][0].shape[1]
+        parts.append((number, *_rows(words, start, glue, num_pairs, count, rng)))
+    # Few sequences may not be enough for all.
+    parts = sorted((part for part in parts if len(part[1])), key=lambda part: part[1].shape[1])
+    length = parts[-1][1].shape[1]
     # Nothing after a question has a say in its answer.
-    padded = [F.pad(tokens, (0, length - tokens.shape[1])) for tokens, _ in parts]
-    most = {template: num_pairs for template, _, num_pairs in solved}
+    padded = [F.pad(tokens, (0, length - tokens.shape[1])) for _, tokens, _ in parts]
+    numbers = [torch.full((len(tokens),), number) for number, tokens, _ in parts]
     probe = RecallProbe(
         split=split,
-        asked=tuple(most.items()),
+        asked=tuple(solved)[: len(parts)],
+        asked_by=torch.cat(numbers),
         tokens=torch.cat(padded),
-        positions=torch.cat([positions for _, positions in parts]),
+        positions=torch.cat([positions for _, _, positions in parts]),
         teacher_recall=0.0,
     )
     return replace(probe, teacher_recall=recall(teacher.model, probe))
 
 
-def _sizes(
+def _size(
     teacher: Teacher,
     glue: tuple[list[int], list[int], list[int]],
     words: Sequence[int],
     start: list[int],
     seed: str,
-) -> Iterator[int]:
-    """Numbers of pairs with which the teacher solves a template."""
-    for num_pairs in NUM_PAIRS:
+    largest: int,
+) -> int | None:
+    """The largest number of pairs, up to ``NUM_PAIRS[largest]``, that the teacher solves."""
+    solved = None
+    for num_pairs in NUM_PAIRS[: largest + 1]:
         if 2 * num_pairs > len(words):
-            return
+            break
         # Others than are asked later, which this choice would favour.
         rng = random.Random(f"{seed} {num_pairs} tried")
         tokens, positions = _rows(words, start, glue, num_pairs, NUM_TRIED, rng)
         if tokens.shape[1] > teacher.context:
-            return
+            break
         tried = Questions(tokens=tokens, positions=positions)
         if answers(teacher.model, tried).mean() < SOLVED:
-            return
-        yield num_pairs
+            break
+        solved = num_pairs
+    return solved
 
 
 @torch.no_grad()

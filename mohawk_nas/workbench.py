@@ -394,6 +394,6 @@ class _Distiller:
         blocks = self.bench.blocks["validation"]
         figures = {"kl": evaluate_blocks(self.bench.teacher, student, blocks).kl}
         if (probe := self.bench.probe("validation")) is not None:
-            right = recall.answers(student, probe).unflatten(0, (-1, len(blocks))).mean(0)
+            right = probe.by_block(recall.answers(student, probe), len(blocks))
             figures["recall"] = tuple((1 - right / probe.teacher_recall).tolist())
         return figures

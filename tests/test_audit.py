@@ -173,11 +173,11 @@ def test_a_figure_that_is_the_same_for_all_foretells_nothing(study, tmp_path, ca
     file = config.run_dir / "audit" / "distilled.jsonl"
     # As where no student recalls anything, or all of the best everything.
     for best in (0.0, 1.0):
-        rows = [{**row, "recall": best, "recall_sequences": [best] * 3} for row in rows_of(config)]
+        rows = [{**row, "recall": best, "recall_parts": [best] * 3} for row in rows_of(config)]
         if best:
             for row in rows:
                 if np.mean(row["kl_blocks"]) > np.median([np.mean(r["kl_blocks"]) for r in rows]):
-                    row.update(recall=0.5, recall_sequences=[0.5] * 3)
+                    row.update(recall=0.5, recall_parts=[0.5] * 3)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         report, _ = audit(config, hours=0, tokens=256)
         kl, recall = report.trusts

@@ -107,6 +107,7 @@ def test_the_probe_has_a_say(bench):
     probe = recall.RecallProbe(
         split="search",
         asked=((recall.Template(), 2),),
+        asked_by=torch.zeros(16, dtype=torch.long),
         tokens=torch.randint(300, 400, (16, 12), generator=generator),
         positions=torch.tensor([[9, 10]] * 16),
         teacher_recall=1.0,

@@ -356,10 +356,16 @@ def test_recall_has_an_interval_where_its_sequences_are_kept(table, study, tmp_p
 
     assert recall().blocks is None
     rng = np.random.default_rng(0)
-    for row in rows:
-        if row["kind"] == "distilled":
-            row["recall_sequences"] = (row["recall"] + 0.1 * rng.normal(size=20)).tolist()
-    truth = recall()
+    # What tables of before kept, and what those of now do.
+    for key in ("recall_sequences", "recall_parts"):
+        for row in rows:
+            if row["kind"] == "distilled":
+                row[key] = (row["recall"] + 0.1 * rng.normal(size=20)).tolist()
+        truth = recall()
+        (name, blocks), *_ = truth.blocks.items()
+        assert -np.mean([r[key] for r in rows if r.get("layout") == name and key in r], axis=0) == (
+            pytest.approx(blocks)
+        )
     second = next(name for name, lost in truth.values.items() if lost == -0.8)
     picks = regret.Picks("x", 1, [second])
     told = regret.judge(picks, truth)

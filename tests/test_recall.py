@@ -86,11 +86,12 @@ def teacher_of(model, *, tokenizer=None, context=2048):
 
 
 @pytest.mark.parametrize("tokenizer", [None, Words()], ids=["ids", "words"])
-def test_a_model_that_remembers_everything_solves_the_hardest_probe(tokenizer):
+def test_a_model_that_remembers_everything_solves_the_hardest_probe(tokenizer, monkeypatch):
+    monkeypatch.setattr(recall, "NUM_TRIED", 1)
     seen = []
     for split in recall.TEMPLATES:
         teacher = teacher_of(Memory(), tokenizer=tokenizer)
-        probe = make_probe(teacher, split, separator=END, num_sequences=10)
+        probe = make_probe(teacher, split, separator=END, num_sequences=30)
         if tokenizer is None and split != "search":
             # Without a tokenizer nothing can stand between the words.
             assert probe is None
@@ -98,10 +99,16 @@ def test_a_model_that_remembers_everything_solves_the_hardest_probe(tokenizer):
         # 200 words a split, or 764 / 3 ids: 64 pairs are the most that fit; of the bank's 120, 32.
         templates = recall.TEMPLATES[split] if tokenizer else [Template()]
         most = 32 if split == "bank" else 64
-        assert probe.asked == tuple((template, most) for template in templates)
+        sizes = [min(most, size) for size in recall.NUM_PAIRS]
+        count = max(len(templates), len(sizes))
+        pairs = [(templates[i % len(templates)], sizes[i % len(sizes)]) for i in range(count)]
+        assert probe.asked == tuple(dict.fromkeys(pairs))
         assert probe.teacher_recall == 1.0
-        assert probe.tokens.shape[0] == 10
-        assert probe.positions.shape == (10, recall.NUM_QUESTIONS)
+        assert probe.tokens.shape[0] == 30 == len(probe.asked_by)
+        assert probe.positions.shape == (30, recall.NUM_QUESTIONS)
+        # As many sequences of each, give or take one.
+        dealt = probe.asked_by.bincount()
+        assert len(dealt) == len(probe.asked) and dealt.max() - dealt.min() <= 1
         seen.append({t for t in probe.tokens.flatten().tolist() if t >= 256})
     assert not any(one & other for one in seen for other in seen if one is not other)
 
@@ -115,7 +122,7 @@ def test_questions_ask_for_pairs_that_were_named_once(monkeypatch):
     monkeypatch.setitem(recall.TEMPLATES, "test", recall.TEMPLATES["test"][:2])
     teacher = teacher_of(Memory(), tokenizer=Words())
     probe = make_probe(teacher, "test", separator=END, num_sequences=12)
-    assert str(probe) == "up to 64 pairs 'KEY =VALUE,' and up to 64 pairs 'KEYVALUE.'"
+    assert str(probe) == "4 notations such as 'KEY =VALUE,', 16 to 64 pairs"
     found = []
     for part in probe.batches(1):
         (row,), (positions,) = part.tokens.tolist(), part.positions.tolist()
@@ -135,9 +142,11 @@ def test_questions_ask_for_pairs_that_were_named_once(monkeypatch):
         assert all(pairs[entry[0]] == entry[place] for entry in asked)
         assert answers == [entry[place] for entry in asked[recall.NUM_EXAMPLES :]]
         found.append((glued, num_pairs))
-    # Both templates in three sizes, twice each, the short ones first.
-    assert sorted(found) == sorted([(g, n) for g in (False, True) for n in (16, 32, 64)] * 2)
-    assert found[0] == (False, 16) and found[-1] == (True, 64)
+    # Two templates take two of the four sizes each, and there are no words for 128 pairs; each of
+    # these three times, the short ones first.
+    asked = [(True, 16), (False, 32), (True, 64), (False, 64)]
+    assert sorted(found) == sorted(asked * 3)
+    assert found[0] == (False, 32) and found[-1] == (True, 64)
 
 
 def test_the_probe_grows_until_the_teacher_fails(monkeypatch):
@@ -145,14 +154,32 @@ def test_the_probe_grows_until_the_teacher_fails(monkeypatch):
     # 16 pairs of two tokens and 16 questions more: what lies further back is forgotten.
     probe = make_probe(teacher_of(Memory(reach=44)), "search", separator=END)
     assert probe.asked == ((Template(), 16),)
+    assert str(probe) == "'KEYVALUE', 16 pairs"
     assert make_probe(teacher_of(Memory(reach=8)), "search", separator=END) is None
     # A probe must fit into what the teacher was made for.
     short = make_probe(teacher_of(Memory(), context=120), "search", separator=END)
-    assert short.asked == ((Template(), 32),)
+    assert short.asked == ((Template(), 16), (Template(), 32))
     assert probe.teacher_recall == recall.recall(Memory(reach=44), probe) >= recall.SOLVED
-    # Each template is as large as it can be by itself: five tokens a pair, or three.
+    # Each template as far as it is solved: five tokens a pair, or three.
     two = make_probe(teacher_of(Memory(reach=110), tokenizer=Words()), "test", separator=END)
-    assert [most for _, most in two.asked] == [16, 32]
+    assert [size for _, size in two.asked] == [16, 32]
+
+
+def test_a_notation_counts_as_one_answer_and_blocks_have_their_own():
+    teacher = teacher_of(Memory(), tokenizer=Words())
+    probe = make_probe(teacher, "search", separator=END, num_sequences=16)
+    assert len(probe.asked) == recall.FEW_NOTATIONS
+    # Sequences stand by their length, so a notation's are anywhere.
+    assert probe.asked_by.tolist() != sorted(probe.asked_by.tolist())
+    right = probe.asked_by / 10 + torch.tensor([0.0, 1.0]).repeat(8)[probe.asked_by.argsort()]
+    of_each = [right[probe.asked_by == number].mean().item() for number in range(8)]
+    assert probe.parts(right).tolist() == pytest.approx(of_each)
+    assert probe.by_block(right, 8).tolist() == pytest.approx(of_each)
+    assert probe.by_block(right, 4).tolist() == pytest.approx(
+        [(of_each[i] + of_each[i + 1]) / 2 for i in (0, 2, 4, 6)]
+    )
+    few = dataclasses.replace(probe, asked=probe.asked[:7])
+    assert few.parts(right) is right
 
 
 def test_a_forgetful_model_answers_what_it_can_reach():
@@ -183,7 +210,9 @@ def probe_for(bench, model, *, wrong):
     positions[::2] = 7
     probe = RecallProbe(
         split="search",
-        asked=((Template(), 4),),
+        # A block's answers are those of one notation.
+        asked=((Template(), 4),) * blocks,
+        asked_by=torch.arange(len(tokens)) % blocks,
         tokens=tokens,
         positions=positions,
         teacher_recall=0.8,

@@ -157,13 +157,13 @@ class BankScorer:
         return {name: torch.cat(found[name]) for name in found if name in self.weights}
 
     def _recall_lost(self, layout: Layout) -> Tensor:
-        """Share of the teacher's recall that is lost; questions are dealt out to the blocks."""
+        """Share of the teacher's recall that is lost, dealt out to the blocks."""
         assert self.probe is not None
         model, shares = self._asked.model, []
         with fused_parts(self.teacher.model, model):
             for asked, (hidden, _) in zip(self._questions, self._asked.run(layout), strict=True):
                 shares.append(asked.right(model, hidden))
-        right: Tensor = torch.cat(shares).unflatten(0, (-1, len(self.blocks))).mean(0)
+        right = self.probe.by_block(torch.cat(shares), len(self.blocks))
         return 1 - right / self.probe.teacher_recall
 
     def _constant(self, cost: int) -> Tensor:

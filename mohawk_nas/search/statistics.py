@@ -155,7 +155,7 @@ def regret_within(
     """Where 95 % of a pick's total regrets lie over resampled text and layouts drawn at random.
 
     Args:
-        truth: ``(N, B)``, the same B blocks of text or sequences of a probe for each layout; lower
+        truth: ``(N, B)``, the same B blocks of text or parts of a probe for each layout; lower
             is better. In each sample the best is chosen anew.
         pick: The strategy's choice.
         judge: ``(N, B)``, as of :func:`regret`.

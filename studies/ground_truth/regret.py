@@ -20,12 +20,12 @@ best of the layouts that it scored, 16 at least, and what its baselines name, an
 on the validation split by KL, and by recall where the objective holds it. So does `optimum` with
 its 8 best.
 
-Intervals are bootstrapped over the text's blocks, or the recall probe's sequences, and the
-strategies' seeds. A table that keeps no sequences gives recall the seeds alone, so that where all
-picks are one layout there is no interval. `p` is that of the difference to the reference strategy,
-after Holm for the number of comparisons. Picks that are not distilled are counted, left out, and
-written with the finalists that are not to `--missing`, for `table.py --layouts`; of a table that
-holds none yet all are.
+Intervals are bootstrapped over the text's blocks, or the recall probe's notations, and the
+strategies' seeds. Tables of before keep the probe's sequences, whose intervals know nothing of
+other notations, or neither: then recall has the seeds alone, and where all picks are one layout no
+interval. `p` is that of the difference to the reference strategy, after Holm for the number of
+comparisons. Picks that are not distilled are counted, left out, and written with the finalists that
+are not to `--missing`, for `table.py --layouts`; of a table that holds none yet all are.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Truth:
     values: Mapping[str, float]
     """Layout -> mean over the seeds of stage 3; lower is better."""
     blocks: Mapping[str, Array] | None
-    """Layout -> the same by blocks of text, or sequences of the recall probe."""
+    """Layout -> the same by blocks of text, or parts of the recall probe."""
     drawn: Sequence[Sequence[str]]
     """Layouts that stand for all on the budget: groups that stand for equal parts of it."""
     terms: Sequence[tuple[float, Truth]] = ()
@@ -376,6 +376,10 @@ def _mapped(workers: int) -> Iterator[Mapped]:
     if workers == 1:
         yield map
         return
+    # A BLAS that took every core in each of them would have them wait for one another.
+    share = str(max(1, (os.cpu_count() or 1) // workers))
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, share)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         yield pool.map
 
@@ -411,14 +415,15 @@ def _truths(distilled: Sequence[Mapping[str, Any]], *, complete: bool) -> list[T
     truths = [Truth("kl", kl, blocks, drawn)]
     if distilled[0]["recall"] is not None:
         lost = {name: -statistics.fmean(r["recall"] for r in x) for name, x in by_layout.items()}
-        sequences = None
-        # Rows of an earlier version lack them.
-        if all("recall_sequences" in row for row in distilled):
-            sequences = {
-                name: -np.mean([row["recall_sequences"] for row in rows], axis=0)
-                for name, rows in by_layout.items()
-            }
-        truths.append(Truth("recall", lost, sequences, drawn))
+        parts = None
+        # Rows of earlier versions have sequences, or neither.
+        for key in ("recall_sequences", "recall_parts"):
+            if all(key in row for row in distilled):
+                parts = {
+                    name: -np.mean([row[key] for row in rows], axis=0)
+                    for name, rows in by_layout.items()
+                }
+        truths.append(Truth("recall", lost, parts, drawn))
     return truths
 
 

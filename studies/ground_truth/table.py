@@ -55,6 +55,7 @@ from mohawk_nas.files import RowFile
 from mohawk_nas.layout import Layout
 from mohawk_nas.plan import find_problems
 from mohawk_nas.ranks import GPU_SHARERS
+from mohawk_nas.recall import notation_of
 from mohawk_nas.reporting import screen
 from mohawk_nas.runs import provenance
 from mohawk_nas.search.objectives import BankScorer
@@ -192,7 +193,9 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
         "kind": "head",
         "study": settings(config),
         "identity": {k: v for k, v in bench.identity.items() if not k.startswith("mixers")},
-        "recall": {s: str(bench.probe(s)) for s in ("search", "validation", "test")},
+        "recall": {
+            s: f"{bench.probe(s)}, {notation_of(s)}" for s in ("search", "validation", "test")
+        },
     }
     if not table.rows:
         made_with = {key: value for key, value in provenance().items() if key != "command"}
@@ -393,8 +396,8 @@ def distil(
         tested = on_test(model)
         blocks = [round(value, 5) for value in tested["kl_blocks"]]
         found = means(tested) | {"kl_blocks": blocks, "validation": means(on_validation(model))}
-        if (right := tested["recall_sequences"]) is not None:
-            found["recall_sequences"] = [round(share, 3) for share in right]
+        if (right := tested["recall_parts"]) is not None:
+            found["recall_parts"] = [round(share, 4) for share in right]
         return found
 
     for seed in args.seeds:

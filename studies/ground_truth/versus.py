@@ -13,7 +13,7 @@ there are several; a layout of one's own; or `random`: the best by the study's o
 layouts as the search has scored, drawn at random. Which it was stands in the rows.
 
 All are measured on the test split, which nothing has seen: KL, cross-entropy, recall. Differences
-to the searched layout are paired over blocks of text, or sequences of the recall probe, and
+to the searched layout are paired over blocks of text, or parts of the recall probe, and
 bootstrapped over these and the seeds; intervals are widened for the number of rows and figures
 (Bonferroni), so that all of them hold together with 95 %.
 
@@ -229,7 +229,7 @@ def distil(
 
 
 def measure_on_test(bench: Workbench) -> Callable[[Any], dict[str, Any]]:
-    """KL and cross-entropy of each block, recall of each sequence."""
+    """KL and cross-entropy of each block, recall of each part of the probe."""
     probe = bench.probe("test")
 
     def measure(model: Any) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def measure_on_test(bench: Workbench) -> Callable[[Any], dict[str, Any]]:
         return {
             "kl": list(figures.kl),
             "cross_entropy": list(figures.cross_entropy),
-            "recall": None if probe is None else answers(model, probe).tolist(),
+            "recall": None if probe is None else probe.parts(answers(model, probe)).tolist(),
         }
 
     return measure
@@ -245,7 +245,7 @@ def measure_on_test(bench: Workbench) -> Callable[[Any], dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What a layout came to, by figure: ``(S, N)``, seeds by blocks or sequences."""
+    """What a layout came to, by figure: ``(S, N)``, seeds by blocks or parts of the probe."""
 
     values: Mapping[str, Array]
 
