@@ -40,6 +40,7 @@ from mohawk_nas.workbench import Workbench
 __all__ = [
     "AuditReport",
     "Distilled",
+    "Rival",
     "Trust",
     "audit",
     "choose_layouts",
@@ -96,6 +97,18 @@ class Distilled:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Rival:
+    """What baselines name, when distilled, against the study's best."""
+
+    labels: tuple[str, ...]
+    layout: Layout
+    loses: Mapping[str, Interval]
+    """Figure -> what it loses beyond the study's best: ``kl`` in nats a token; ``recall`` as a
+    share of right answers; ``objective``, where a study goes by both, their sum as its weights
+    have it. Paired over text and probe; the intervals of all rivals hold together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AuditReport:
     """What an audit found."""
 
@@ -115,6 +128,8 @@ class AuditReport:
     """Layouts drawn at random whose mean regrets are a share of; 0 if it is that of all."""
     repeated: int = 0
     """Layouts with several seeds, which say what seeds alone change; 0 if they are too few."""
+    rivals: tuple[Rival, ...] = ()
+    """Baselines that name other layouts than the study's best; empty if that was not distilled."""
     distilled: tuple[Distilled, ...] = field(default=(), repr=False)
     """What all this rests on."""
 
@@ -129,6 +144,9 @@ class AuditReport:
             **{name: list(layout.candidates) for name, layout in named.items()},
             "tied": [list(layout.candidates) for layout in self.tied],
             "trusts": [asdict(trust) for trust in self.trusts],
+            "rivals": [
+                asdict(rival) | {"layout": list(rival.layout.candidates)} for rival in self.rivals
+            ],
             "distilled": [
                 {
                     "layout": list(one.layout.candidates),
@@ -214,7 +232,9 @@ def audit(
             _distil_by_workers(bench, result, rows, work, workers)
         # Earlier versions distilled with the rungs' seed as well.
         own = [row for row in RowFile(rows).rows if row["seed"] != config.seed]
-        report = _report(result, own, tokens=tokens, drawn=drawn)
+        probe = bench.probe(SPLIT)
+        solved = 0.0 if probe is None else probe.teacher_recall
+        report = _report(result, own, tokens=tokens, drawn=drawn, teacher_recall=solved)
         path = folder / "audit.json"
         write_json(path, report.to_dict())
         return report, path
@@ -529,6 +549,7 @@ def _report(
     *,
     tokens: int,
     drawn: Mapping[Layout, float],
+    teacher_recall: float = 0.0,
 ) -> AuditReport:
     by_layout: dict[Layout, list[Mapping[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: int(row["seed"])):
@@ -597,6 +618,7 @@ def _report(
         objective=" + ".join(terms),
         drawn=len(by_chance),
         repeated=len(repeated),
+        rivals=_rivals(result, layouts, parts, teacher_recall) if searched is not None else (),
         distilled=tuple(
             Distilled(
                 layout=layout,
@@ -606,6 +628,37 @@ def _report(
             for i, layout in enumerate(layouts)
         ),
     )
+
+
+def _rivals(
+    result: StudyResult,
+    layouts: Sequence[Layout],
+    parts: Mapping[str, statistics.Values],
+    teacher_recall: float,
+) -> tuple[Rival, ...]:
+    """Baselines against the study's best by its figures' parts ``(N, S, B)``."""
+    best = layouts.index(result.best.layout)
+    named: dict[Layout, list[str]] = {}
+    for label, layout in result.baselines.items():
+        if layout in layouts and layout != result.best.layout:
+            named.setdefault(layout, []).append(label)
+    # As the study's rungs weigh them: recall is the lost share of the teacher's.
+    weights = {"kl": result.weights.get("kl", 0.0), "recall": result.weights.get("recall", 0.0)}
+    weights["recall"] /= teacher_recall or 1.0
+    both = "recall" in parts and all(weights.values())
+    found = []
+    for layout, labels in named.items():
+        place = layouts.index(layout)
+        # Over seeds first: a block's gap is much the same in each.
+        gaps = {name: (part[place] - part[best]).mean(axis=0) for name, part in parts.items()}
+        loses = {
+            name: statistics.paired([(1.0, gap)], several=len(named)) for name, gap in gaps.items()
+        }
+        if both:
+            terms = [(weights[name], gap) for name, gap in gaps.items()]
+            loses["objective"] = statistics.paired(terms, several=len(named))
+        found.append(Rival(labels=tuple(labels), layout=layout, loses=loses))
+    return tuple(found)
 
 
 def _trust(

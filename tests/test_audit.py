@@ -191,6 +191,45 @@ def test_a_figure_that_is_the_same_for_all_foretells_nothing(study, tmp_path, ca
         assert not re.search(r"\b(nan|inf)\b", page)
 
 
+def test_baselines_are_held_against_the_studys_best(study, tmp_path, capsys):
+    config = audited(study, tmp_path)
+    result, rows = Workbench(config).result(), rows_of(config)
+    best = result.best.layout
+    report = _report(result, rows, tokens=256, drawn={})
+    named = {layout for layout in result.baselines.values() if layout != best}
+    assert named and {rival.layout for rival in report.rivals} == named
+    for rival in report.rivals:
+        assert {result.baselines[label] for label in rival.labels} == {rival.layout}
+        gap = np.mean(blocks_of(rows, rival.layout.candidates)) - np.mean(
+            blocks_of(rows, best.candidates)
+        )
+        lost = rival.loses["kl"]
+        assert set(rival.loses) == {"kl"} and lost.value == pytest.approx(gap)
+        assert lost.low < gap < lost.high
+    assert json.loads(json.dumps(report.to_dict()))["rivals"][0]["loses"]["kl"]["low"]
+    # A study that goes by both is told of their sum as well, recall as a share of the teacher's.
+    answers = {best.candidates: [0.8, 0.6, 0.7]}
+    both = [
+        {**row, "recall": np.mean(parts), "recall_parts": parts}
+        for row in rows
+        for parts in [answers.get(tuple(row["layout"]), [0.5, 0.5, 0.5])]
+    ]
+    weighed = dataclasses.replace(result, weights={"kl": 1.0, "recall": 0.2})
+    report = _report(weighed, both, tokens=256, drawn={}, teacher_recall=0.8)
+    for rival in report.rivals:
+        loses = rival.loses
+        assert loses["recall"].value == pytest.approx(0.2)
+        assert (loses["recall"].low, loses["recall"].high) == pytest.approx((0.1, 0.3))
+        assert loses["objective"].value == pytest.approx(loses["kl"].value + 0.2 * 0.2 / 0.8)
+    show_audit(report, files=[])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "kl + 0.2 recall" in shown and "Better beyond noise:" in shown
+    assert "+0.2000 [+0.1000, +0.3000]" in render_audit(report, name="tiny")
+    # Where the best itself was not distilled there is nothing to hold them against.
+    others = [row for row in rows if tuple(row["layout"]) != best.candidates]
+    assert _report(result, others, tokens=256, drawn={}).rivals == ()
+
+
 def test_a_score_that_is_the_same_for_all_foretells_nothing(study, tmp_path):
     config = audited(study, tmp_path)
     result, rows = Workbench(config).result(), rows_of(config)

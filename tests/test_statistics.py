@@ -111,6 +111,20 @@ def test_regret_lies_within_its_interval():
     assert low < 0 < high
 
 
+def test_a_paired_gap_lies_in_its_interval_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    within = {1: 0, 10: 0}
+    for number in range(200):
+        blocks, notations = rng.normal(0.1, 1.0, 48), rng.normal(-0.3, 0.5, 24)
+        for several in within:
+            found = statistics.paired(
+                [(1.0, blocks), (0.2, notations)], several=several, seed=number
+            )
+            assert found.value == pytest.approx(blocks.mean() + 0.2 * notations.mean())
+            within[several] += found.low < 0.1 - 0.2 * 0.3 < found.high
+    assert 180 <= within[1] < within[10] and within[10] >= 194
+
+
 def test_the_tied_layouts_are_those_a_paired_test_cannot_tell():
     rng = np.random.default_rng(0)
     common = 5 * rng.normal(size=100)

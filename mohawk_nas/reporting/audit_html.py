@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mohawk_nas.files import atomic_write
 from mohawk_nas.reporting import text
-from mohawk_nas.reporting.page import page, paragraphs, svg
+from mohawk_nas.reporting.page import page, paragraphs, svg, table
 
 if TYPE_CHECKING:
     from mohawk_nas.audit import AuditReport, Distilled, Trust
@@ -42,6 +42,14 @@ def render_audit(report: AuditReport, *, name: str) -> str:
             f"<h2>Does the score foretell distilled {escape(trust.figure)}?</h2>",
             paragraphs(text.trust_lines(trust, report)),
             _scatter(report, trust),
+        ]
+    if report.rivals:
+        columns, rows = text.rival_table(report)
+        cells = [[escape(cell) for cell in row] for row in rows]
+        sections += [
+            "<h2>What baselines name, against the study's best</h2>",
+            table(columns, cells, numbers=set(range(2, len(columns)))),
+            f'<p class="soft">{escape(text.rivals_reading(report))}</p>',
         ]
     sections.append(
         '<p class="soft">Each mark is a layout: its mean over the seeds, and a line from the '

@@ -34,6 +34,8 @@ from mohawk_nas.reporting.text import (
     left_out,
     mean_of_all,
     regret_total,
+    rival_table,
+    rivals_reading,
 )
 from mohawk_nas.search.result import Placement, StudyResult, compare_blocks
 from mohawk_nas.search.scoring import Score
@@ -250,6 +252,15 @@ def show_audit(report: AuditReport, *, files: Sequence[Path]) -> None:
         "Regret is what the study's best costs beyond the best distilled one, as a share of "
         f"({mean_of_all(report)} - best)."
     )
+    if report.rivals:
+        columns, rows = rival_table(report)
+        rivals = _table("What baselines name, distilled, against the study's best")
+        for place, column in enumerate(columns):
+            rivals.add_column(column, justify="right" if place > 1 else "left", no_wrap=place > 0)
+        for cells in rows:
+            rivals.add_row(*cells)
+        _OUT.print(rivals)
+        _say(rivals_reading(report))
     for path in files:
         _say(f"Wrote  {path}")
 

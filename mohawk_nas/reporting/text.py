@@ -228,6 +228,32 @@ def audit_verdict(report: AuditReport) -> list[str]:
     return [*lines, f"The study's own best, {layers(report.searched)}, is {where}."]
 
 
+def rival_table(report: AuditReport) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of what baselines lose beyond the study's best when distilled."""
+    names = list(report.rivals[0].loses) if report.rivals else []
+    columns = ["baseline", "keeps", *(report.objective if n == "objective" else n for n in names)]
+    rows = []
+    for rival in report.rivals:
+        found = [rival.loses[name] for name in names]
+        cells = [f"{x.value:+.4f} [{x.low:+.4f}, {x.high:+.4f}]" for x in found]
+        rows.append([", ".join(rival.labels), layers(rival.layout), *cells])
+    return columns, rows
+
+
+def rivals_reading(report: AuditReport) -> str:
+    """Whether a baseline beats the study's best beyond noise, in words."""
+    better = {
+        name: [", ".join(rival.labels) for rival in report.rivals if rival.loses[name].high < 0]
+        for name in report.rivals[0].loses
+    }
+    said = [f"{' and '.join(labels)} by {name}" for name, labels in better.items() if labels]
+    return (
+        "What a baseline's layout loses beyond the study's best when distilled (kl in nats a "
+        "token, recall as a share of right answers), below 0 where it is better; the intervals of "
+        f"95% hold for all of them together. Better beyond noise: {'; '.join(said) or 'none'}."
+    )
+
+
 def trust_lines(trust: Trust, report: AuditReport) -> list[str]:
     """How well the score foretells a distilled figure, in words.
 

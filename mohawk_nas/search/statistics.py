@@ -24,6 +24,7 @@ __all__ = [
     "ceiling",
     "fit_layers",
     "kendall",
+    "paired",
     "regret",
     "regret_within",
     "reliability",
@@ -183,6 +184,27 @@ def regret_within(
         raise ValueError("the best layout must be better than the mean of all, but is not")
     low, high = np.quantile(regrets, [0.025, 0.975])
     return float(low), float(high)
+
+
+def paired(gaps: Sequence[tuple[float, Values]], *, several: int = 1, seed: int = 0) -> Interval:
+    """Weighted sum of mean gaps between two layouts, and where it lies over resampled items.
+
+    Args:
+        gaps: Weight, and gaps ``(B,)`` over blocks of text or parts of a probe. Two figures' items
+            have nothing to do with each other.
+        several: Comparisons of which the intervals are to hold together (Bonferroni).
+        seed: Of the samples.
+    """
+    drawn = np.zeros(REPEATS)
+    for number, (weight, values) in enumerate(gaps):
+        rng = np.random.default_rng([seed, number])
+        drawn += weight * values[rng.integers(len(values), size=(REPEATS, len(values)))].mean(
+            axis=1
+        )
+    tail = (1 - COVERAGE) / 2 / several
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    value = sum(weight * values.mean() for weight, values in gaps)
+    return Interval(value=float(value), low=float(low), high=float(high))
 
 
 def tied_with_best(blocks: Values, *, within: float = 2.0) -> list[int]:
