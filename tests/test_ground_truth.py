@@ -286,6 +286,12 @@ def test_regret_of_what_strategies_pick(table, study, tmp_path, capsys):
     assert not report.exists()
     assert regret.main([str(out), *options]) == 2
     assert "--missing FILE" in capsys.readouterr().err
+    # A few that stand for nothing are no more to judge by, but need not be distilled again.
+    few = [*left, *(row | {"chosen_as": ["asked for"]} for row in kept)]
+    out.write_text("".join(json.dumps(row) + "\n" for row in few), encoding="utf-8")
+    assert regret.main([str(out), *options, "--finalists", "6", "--missing", str(missing)]) == 0
+    assert sorted(missing.read_text(encoding="utf-8").split()) == sorted(set(zero_shot) - distilled)
+    assert not report.exists()
 
 
 def test_an_optimum_that_is_computed_is_nobodys_pick(tmp_path):

@@ -25,7 +25,7 @@ strategies' seeds. Tables of before keep the probe's sequences, whose intervals 
 other notations, or neither: then recall has the seeds alone, and where all picks are one layout no
 interval. `p` is that of the difference to the reference strategy, after Holm for the number of
 comparisons. Picks that are not distilled are counted, left out, and written with the finalists that
-are not to `--missing`, for `table.py --layouts`; of a table that holds none yet all are.
+are not to `--missing`, for `table.py --layouts`, also where too few are yet to judge by.
 """
 
 from __future__ import annotations
@@ -632,15 +632,19 @@ def run(arguments: Sequence[str] | None) -> None:
                     )
                 runs = replay_all(table, objective, options, run_all, console)
                 named = dict.fromkeys(x for run in runs for x in (*run.picks, *run.finalists))
-                if options.missing and not (table.distilled or options.undistilled):
-                    # Nothing to judge by yet: what is to be distilled is all that can be told.
-                    missing |= named
+                try:
+                    truths = (
+                        [table.undistilled(objective)]
+                        if options.undistilled
+                        else table.truths_by(objective)
+                    )
+                except DataError:
+                    if not options.missing:
+                        raise
+                    # Too little to judge by yet: what is to be distilled is all that can be told.
+                    done = {row["layout"] for row in table.distilled}
+                    missing |= {x: None for x in named if x not in done}
                     continue
-                truths = (
-                    [table.undistilled(objective)]
-                    if options.undistilled
-                    else table.truths_by(objective)
-                )
                 missing |= {x: None for x in named if x not in truths[0].values}
                 for outcome in judge_all(runs, truths, objective, options.reference):
                     by = (
