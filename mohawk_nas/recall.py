@@ -7,13 +7,13 @@ what a search was led by is not what its result is judged by. A sequence begins 
 many models attend to the first token wherever there is nothing to look up, and without the one they
 know there they recall next to nothing.
 
-A probe is made for the teacher at hand: of the templates those that it solves, each in a size of
-its own. What it does not solve it cannot teach, and its students' answers would be noise. Few tell
-little: students that recall nothing of 128 pairs differ on 16, and one that fails at a notation may
-be at home in the next, so that two layouts differ from one set of seven templates to the next by
-several times what the drawing of sequences explains (studies/ground_truth). So there are many, the
-most in the splits by which the last choice is made and judged, and a notation's sequences count as
-one answer wherever an interval is told.
+A probe is made for the teacher at hand: of the templates those that it solves, each in one size
+of four, in turn. What it does not solve it cannot teach, and its students' answers would be noise.
+Few tell little: students that recall nothing of 128 pairs differ on 16, and one that fails at a
+notation may be at home in the next. The fewer are asked, the more the recall of two good layouts
+differs from one set of them to the next, by more than the drawing of sequences explains
+(studies/ground_truth). So there are many, the most in the splits by which the last choice is made
+and judged, and where there are enough of them intervals are over notations, not sequences.
 
 Over length the question is another one: how far back does a model still find what it was told? The
 same few pairs, or one fact, then stand at a distance, with prose of the test split in between. Such

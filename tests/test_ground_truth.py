@@ -552,6 +552,35 @@ def test_the_report_tells_which_score_predicts(tmp_path, monkeypatch, capsys):
     assert (seeds.layouts, seeds.seeds) == (30, 2)
 
 
+def test_the_report_tells_what_makes_two_measurements_differ():
+    """Made-up layouts, the first 16 of which are the best by far."""
+    rng, noise_of = np.random.default_rng(0), load("report").noise_of
+    rows = []
+    for i in range(40):
+        worth = 0.01 * i if i < 16 else 9.0
+        for seed in (0, 1):
+            share = 0.5 - 0.02 * worth + 0.03 * rng.normal()
+            row = {"kind": "distilled", "bank_seed": 0, "seed": seed, "tokens": 640}
+            row |= {"layout": str(i), "kl": worth, "recall": share}
+            # Blocks differ by 1 between layouts, however much they differ from one another.
+            row["kl_blocks"] = (worth + np.arange(50) + rng.normal(size=50)).tolist()
+            row["recall_parts"] = (share + 0.2 * rng.normal(size=400)).tolist()
+            row["validation"] = {"kl": worth + 0.5 * rng.normal(), "recall": share + 0.1}
+            rows.append(row)
+    kl, share = (noise_of("made-up", rows, truth) for truth in ("kl", "recall"))
+    assert kl.layouts == share.layouts == 16
+    assert kl.splits == pytest.approx(0.5, rel=0.4) and share.splits == pytest.approx(0, abs=1e-9)
+    assert kl.drawing == pytest.approx((2 / 50) ** 0.5, rel=0.1)
+    assert share.drawing == pytest.approx(0.2 * (2 / 400) ** 0.5, rel=0.1)
+    assert kl.seeds == 0 and share.seeds == pytest.approx(0.03, rel=0.3)
+    # What a table lacks is not told.
+    of_one = [{k: v for k, v in row.items() if k != "recall_parts"} for row in rows[::2]]
+    found = noise_of("made-up", of_one, "recall")
+    assert found.drawing is None and found.seeds is None and found.splits == share.splits
+    assert noise_of("made-up", rows[:20], "kl") is None
+    assert noise_of("made-up", [row | {"recall": None} for row in rows], "kl") is None
+
+
 def test_the_report_compares_banks(tmp_path, monkeypatch):
     """Made-up layouts: half the tokens order them well, a quarter of them by chance."""
     rng = np.random.default_rng(0)

@@ -9,7 +9,8 @@ A smaller budget's KL is taken on every other block of the text, and foretells t
 on the same blocks the two would share their noise. The largest budget's figure on the validation
 split, of one seed, is what a study's rungs choose by. Then what the seeds of stage 3 allow: the
 share of the variance that the layouts make, and the correlation that a perfect score would reach.
-Written beside the tables as `report.json`.
+Then what a rung's choice among the best is up against: how far two splits, and two seeds, differ
+about the 16 layouts that are best by KL - 0.2 recall. Written beside the tables as `report.json`.
 
     python studies/ground_truth/report.py phi-recall.jsonl --banks banks/phi-recall-*.jsonl
 
@@ -42,6 +43,10 @@ from mohawk_nas.search import statistics
 TRUTHS = ("kl", "recall")
 FEWEST = 12
 """Layouts below which nothing is said."""
+AMONG = 16
+"""About as many as climb to a rung."""
+RECALL_WEIGHT = 0.2
+"""That of a study which names no other, near enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,24 @@ class Seeds:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Noise:
+    """What makes two measurements of the best layouts differ: standard deviations over layouts of a
+    figure, the mean over layouts taken out."""
+
+    table: str
+    truth: str
+    layouts: int
+    splits: float
+    """Of validation - test, of one seed."""
+    drawing: float | None
+    """What that would be if the items of both, blocks of text or parts of the probe, were drawn
+    from one set; None where a table keeps none."""
+    seeds: float | None
+    """Of one seed on the test split, by those of the layouts that have two; None for fewer than
+    ``FEWEST`` of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bank:
     """How scores with another bank order layouts."""
 
@@ -97,13 +120,16 @@ def main() -> None:
     args = parser.parse_args()
     predictions: list[Prediction] = []
     seeds: list[Seeds] = []
+    noise: list[Noise] = []
     for path in args.tables:
         rows = read(path)
         for truth in TRUTHS:
             predictions += predict(path.stem, rows, truth)
             if (found := seeds_of(path.stem, rows, truth)) is not None:
                 seeds.append(found)
-    show(predictions, seeds)
+            if (noisy := noise_of(path.stem, rows, truth)) is not None:
+                noise.append(noisy)
+    show(predictions, seeds, noise)
     banks = compare_banks(*(read(path) for path in (args.tables[0], *args.banks)))
     show_banks(args.tables[0].stem, banks)
     out = args.out or args.tables[0].parent / "report.json"
@@ -115,6 +141,7 @@ def main() -> None:
             "command": " ".join([Path(sys.argv[0]).name, *named]),
             "predictions": [asdict(row) for row in predictions],
             "seeds": [asdict(row) for row in seeds],
+            "noise": [asdict(row) for row in noise],
             "banks": [asdict(row) for row in banks],
         },
     )
@@ -268,6 +295,40 @@ def seeds_of(name: str, rows: Sequence[Mapping[str, Any]], truth: str) -> Seeds 
     return None
 
 
+def noise_of(name: str, rows: Sequence[Mapping[str, Any]], truth: str) -> Noise | None:
+    """Of the largest budget; None for tables without the validation split, or without recall."""
+    distilled = [row for row in rows if row["kind"] == "distilled" and row["bank_seed"] == 0]
+    budget = max((row["tokens"] for row in distilled), default=0)
+    by_seed: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for row in distilled:
+        if row["tokens"] == budget:
+            by_seed.setdefault(row["seed"], {})[row["layout"]] = row
+    first, second = (by_seed.get(seed, {}) for seed in (0, 1))
+    kept = all("validation" in row and row["recall"] is not None for row in first.values())
+    if not budget or not kept or len(first) < AMONG:
+        return None
+    best = sorted(first, key=lambda x: first[x]["kl"] - RECALL_WEIGHT * first[x]["recall"])[:AMONG]
+    gaps = [first[x]["validation"][truth] - first[x][truth] for x in best]
+    parts = ("kl_blocks",) if truth == "kl" else ("recall_parts", "recall_sequences")
+    drawing = None
+    for key in (key for key in parts if all(key in first[x] for x in best)):
+        items = np.array([first[x][key] for x in best])
+        rest = items - items.mean(axis=0)
+        rest -= rest.mean(axis=1, keepdims=True)
+        # Of each of the two splits, as if both had as many items as this one.
+        drawing = float(np.sqrt(2 * rest.var(axis=1).mean() / items.shape[1]))
+        break
+    both = [first[x][truth] - second[x][truth] for x in first if x in second]
+    return Noise(
+        table=name,
+        truth=truth,
+        layouts=len(best),
+        splits=float(np.std(gaps)),
+        drawing=drawing,
+        seeds=float(np.std(both) / np.sqrt(2)) if len(both) >= FEWEST else None,
+    )
+
+
 def by_layout(
     distilled: Sequence[Mapping[str, Any]], truth: str, tokens: int
 ) -> dict[str, list[float]]:
@@ -305,7 +366,7 @@ def halves(distilled: Sequence[Mapping[str, Any]], tokens: int, *, first: bool) 
     }
 
 
-def show(predictions: Sequence[Prediction], seeds: Sequence[Seeds]) -> None:
+def show(predictions: Sequence[Prediction], seeds: Sequence[Seeds], noise: Sequence[Noise]) -> None:
     console = Console()
     table = Table(title="Spearman's correlation with the distilled figure", box=box.SIMPLE_HEAD)
     for column in ("teacher", "distilled", "score", "layouts", "overall", "best quarter"):
@@ -323,6 +384,16 @@ def show(predictions: Sequence[Prediction], seeds: Sequence[Seeds]) -> None:
         size = f"{seed.layouts} x {seed.seeds}"
         figures = (size, f"{seed.reliability:.2f}", quarter, f"{seed.ceiling:.2f}")
         table.add_row(seed.table, seed.truth, *figures)
+    console.print(table)
+    if not noise:
+        return
+    title = f"How two measurements of the {AMONG} best differ (standard deviations)"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for column in ("teacher", "distilled", "two splits", "by drawing alone", "one seed"):
+        table.add_column(column)
+    for row in noise:
+        figures = ("-" if x is None else f"{x:.4f}" for x in (row.splits, row.drawing, row.seeds))
+        table.add_row(row.table, row.truth, *figures)
     console.print(table)
 
 
