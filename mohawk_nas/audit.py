@@ -15,6 +15,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -678,7 +679,6 @@ def _trust(
     ``by_seed`` is the figure of those layouts that have several seeds.
     """
     truth = values.mean(axis=1)
-    several = values.shape[1] > 1
     top = truth <= np.quantile(truth, 0.25)
     differ = bool(np.ptp(truth))
     # Layouts that all score alike have no order to compare.
@@ -687,16 +687,12 @@ def _trust(
     if by_seed is not None and not np.ptp(by_seed):
         by_seed = None
     regret = None
-    chance = list(range(len(truth))) if drawn is None else list(drawn)
-    if searched is not None and truth.min() < truth[chance].mean():
-        # The best is chosen on all seeds but the last and judged on that one.
-        first = values[:, :-1].mean(axis=1) if several else truth
-        judge = values[:, -1]
-        if judge[int(np.argmin(first))] < judge[chance].mean():
-            regret = statistics.regret(scores, first, searched, judge=judge, drawn=drawn)
+    if searched is not None:
+        # Where the best is no better than the mean there is nothing to tell.
+        with suppress(ValueError):
+            regret = statistics.regret(scores, values, searched, drawn=drawn)
             if parts is not None:
-                chosen = parts[:, :-1].mean(axis=1) if several else parts[:, 0]
-                within = statistics.regret_within(chosen, searched, judge=parts[:, -1], drawn=drawn)
+                within = statistics.regret_within(parts, searched, drawn=drawn)
                 regret = dataclasses.replace(regret, within=within)
     return Trust(
         figure=name,

@@ -75,17 +75,23 @@ def test_where_all_are_equal_there_is_no_order():
 def test_regret_is_split_and_normalised():
     truth = np.array([1.0, 2.0, 3.0, 6.0])  # mean 3, best 1
     score = np.array([9.0, 5.0, 7.0, 8.0])
-    found = statistics.regret(score, truth, pick=2)
+    one = truth[:, None]
+    found = statistics.regret(score, one, pick=2)
     assert (found.objective, found.strategy, found.total) == (0.5, 0.5, 1.0)
     # A lucky pick: the search missed the objective's optimum.
-    assert statistics.regret(score, truth, pick=0).strategy == -0.5
-    # Judged by other seeds, which find the best one's lead smaller.
-    judge = np.array([2.0, 2.0, 3.0, 5.0])
-    assert statistics.regret(score, truth, pick=2, judge=judge).total == 1.0
+    assert statistics.regret(score, one, pick=0).strategy == -0.5
+    # Each seed judges what the other finds best: the first 1 of a mean of 3, the second, by which
+    # it is the second place, 1.5 of 3.5.
+    both = np.stack([truth, [2.0, 1.0, 3.0, 8.0]], axis=1)
+    found = statistics.regret(score, both, pick=2)
+    assert found.total == pytest.approx(((3 - 2) / (3 - 2) + (3 - 2) / (3.5 - 2)) / 2)
+    assert found.objective == pytest.approx(((2 - 2) / 1 + (1 - 2) / 1.5) / 2)
     with pytest.raises(ValueError, match="better than the mean"):
-        statistics.regret(score, np.ones(4), pick=0)
+        statistics.regret(score, np.ones((4, 1)), pick=0)
+    with pytest.raises(ValueError, match="better than the mean"):
+        statistics.regret(score, np.stack([truth, [9.0, 1.0, 1.0, 1.0]], axis=1), pick=0)
     # A share of what layouts drawn at random give: (3 + 6) / 2 - 1.
-    drawn = statistics.regret(score, truth, pick=2, drawn=[2, 3])
+    drawn = statistics.regret(score, one, pick=2, drawn=[2, 3])
     assert drawn.total == pytest.approx(2 / 3.5) and drawn.objective == pytest.approx(1 / 3.5)
 
 
@@ -93,9 +99,9 @@ def test_regret_lies_within_its_interval():
     rng = np.random.default_rng(0)
     # 40 blocks differ by far more than layouts do, but are the same for all of them.
     means, blocks = np.array([1.0, 1.2, 2.0, 3.8]), 5 * rng.normal(size=40)
-    truth = means[:, None] + blocks + 0.2 * rng.normal(size=(4, 40))
+    truth = means[:, None, None] + blocks + 0.2 * rng.normal(size=(4, 1, 40))
     low, high = statistics.regret_within(truth, 1)
-    told = statistics.regret(means, truth.mean(axis=1), 1).total
+    told = statistics.regret(means, truth.mean(axis=2), 1).total
     assert low < told < high and low > 0.02 and high < 0.3
     assert statistics.regret_within(truth, 0) == (0.0, 0.0)
     # Of two drawn layouts the mean may be that of either; of one, it is that one.
@@ -104,11 +110,12 @@ def test_regret_lies_within_its_interval():
     low, high = statistics.regret_within(truth, 1, drawn=[3])
     assert low < 0.2 / 2.8 < high < 0.15
     with pytest.raises(ValueError, match="better than the mean"):
-        statistics.regret_within(np.ones((4, 40)), 1)
-    # The best of a tie is chosen on some seeds and judged on others, so it may lose there.
-    tied = np.array([1.0, 1.0, 2.0, 3.8])[:, None] + 0.2 * rng.normal(size=(2, 4, 40))
-    low, high = statistics.regret_within(tied[0], 1, judge=tied[1])
-    assert low < 0 < high
+        statistics.regret_within(np.ones((4, 1, 40)), 1)
+    # The best of a tie is chosen by some seeds and judged by another, so it may lose there.
+    tied = np.array([1.0, 1.0, 2.0, 3.8])[:, None, None] + 0.2 * rng.normal(size=(4, 3, 40))
+    low, high = statistics.regret_within(tied, 1)
+    told = statistics.regret(means, tied.mean(axis=2), 1).total
+    assert low < 0 < high and low < told < high
 
 
 def test_a_paired_gap_lies_in_its_interval_as_often_as_it_says():

@@ -10,7 +10,7 @@ and over the layouts that stand for all.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,75 +115,76 @@ class Regret:
 
 
 def regret(
-    score: Values,
-    truth: Values,
-    pick: int,
-    *,
-    judge: Values | None = None,
-    drawn: Sequence[int] | None = None,
+    score: Values, truth: Values, pick: int, *, drawn: Sequence[int] | None = None
 ) -> Regret:
     """Regret of picking one layout, split into what the objective and what the strategy costs.
 
-    The best layout of a noisy truth was lucky too. With ``judge``, the truth of other seeds, the
-    best is chosen by ``truth`` and all are judged by ``judge``.
+    The best layout of a noisy truth was lucky too. So each seed judges what is best by the others,
+    and the mean over the seeds is told; with a single seed what is best by it.
 
     Args:
         score: What was searched by, ``(N,)``; lower is better.
-        truth: Of each layout distilled, ``(N,)``; lower is better.
+        truth: Of each layout distilled with each seed, ``(N, S)``; lower is better.
         pick: The strategy's choice, a place in both.
-        judge: ``(N,)``
         drawn: Places of the layouts that were drawn at random; None if all of them were.
+
+    Raises:
+        ValueError: By a seed, the best layout is not better than the mean of all.
     """
-    judged = truth if judge is None else judge
-    best = judged[int(np.argmin(truth))]
-    scale = (judged if drawn is None else judged[list(drawn)]).mean() - best
-    if scale <= 0:
-        raise ValueError("the best layout must be better than the mean of all, but is not")
-    optimum = judged[int(np.argmin(score))]
-    return Regret(
-        objective=float((optimum - best) / scale), strategy=float((judged[pick] - optimum) / scale)
-    )
+    optimum, found = int(np.argmin(score)), []
+    for chosen, judged in _turns(truth):
+        best = judged[int(np.argmin(chosen))]
+        scale = (judged if drawn is None else judged[list(drawn)]).mean() - best
+        if scale <= 0:
+            raise ValueError("the best layout must be better than the mean of all, but is not")
+        found.append(((judged[optimum] - best) / scale, (judged[pick] - judged[optimum]) / scale))
+    objective, strategy = np.mean(found, axis=0)
+    return Regret(objective=float(objective), strategy=float(strategy))
 
 
 def regret_within(
-    truth: Values,
-    pick: int,
-    *,
-    judge: Values | None = None,
-    drawn: Sequence[int] | None = None,
-    seed: int = 0,
+    truth: Values, pick: int, *, drawn: Sequence[int] | None = None, seed: int = 0
 ) -> tuple[float, float]:
     """Where 95 % of a pick's total regrets lie over resampled text and layouts drawn at random.
 
     Args:
-        truth: ``(N, B)``, the same B blocks of text or parts of a probe for each layout; lower
-            is better. In each sample the best is chosen anew.
+        truth: ``(N, S, B)``, the same B blocks of text or parts of a probe for each layout and
+            seed; lower is better. In each sample the best is chosen anew.
         pick: The strategy's choice.
-        judge: ``(N, B)``, as of :func:`regret`.
         drawn: As of :func:`regret`.
         seed: Of the samples.
 
     Raises:
         ValueError: In no sample is the best layout better than the mean of all.
     """
-    size = truth.shape[1]
+    size = truth.shape[2]
     rng = np.random.default_rng(seed)
     times = rng.multinomial(size, np.full(size, 1 / size), size=REPEATS)
-    chosen = truth @ times.T / size
-    judged = chosen if judge is None else judge @ times.T / size
-    best = judged[chosen.argmin(axis=0), np.arange(REPEATS)]
-    mean = judged.mean(axis=0)
-    if drawn is not None:
-        again = rng.integers(len(drawn), size=(len(drawn), REPEATS))
-        mean = np.take_along_axis(judged[list(drawn)], again, axis=0).mean(axis=0)
-    scale = mean - best
-    # Where the best is no better than the mean of all, there is nothing to choose.
-    some = scale > 0
-    regrets = (judged[pick] - best)[some] / scale[some]
-    if not some.any():
+    again = None if drawn is None else rng.integers(len(drawn), size=(len(drawn), REPEATS))
+    turns = []
+    for chosen, judged in _turns(truth @ times.T / size):
+        best = judged[chosen.argmin(axis=0), np.arange(REPEATS)]
+        mean = judged.mean(axis=0)
+        if drawn is not None and again is not None:
+            mean = np.take_along_axis(judged[list(drawn)], again, axis=0).mean(axis=0)
+        # Where the best is no better than the mean of all, there is nothing to choose.
+        scale = np.where(mean > best, mean - best, np.nan)
+        turns.append((judged[pick] - best) / scale)
+    regrets = np.mean(turns, axis=0)
+    regrets = regrets[np.isfinite(regrets)]
+    if not len(regrets):
         raise ValueError("the best layout must be better than the mean of all, but is not")
     low, high = np.quantile(regrets, [0.025, 0.975])
     return float(low), float(high)
+
+
+def _turns(truth: Values) -> Iterator[tuple[Values, Values]]:
+    """``(N, S, ...)`` -> for each seed the mean of the others, and itself; a single one twice."""
+    if truth.shape[1] == 1:
+        yield truth[:, 0], truth[:, 0]
+        return
+    for seed in range(truth.shape[1]):
+        yield np.delete(truth, seed, axis=1).mean(axis=1), truth[:, seed]
 
 
 def paired(gaps: Sequence[tuple[float, Values]], *, several: int = 1, seed: int = 0) -> Interval:
