@@ -105,8 +105,9 @@ class Rival:
     layout: Layout
     loses: Mapping[str, Interval]
     """Figure -> what it loses beyond the study's best: ``kl`` in nats a token; ``recall`` as a
-    share of right answers; ``objective``, where a study goes by both, their sum as its weights
-    have it. Paired over text and probe; the intervals of all rivals hold together."""
+    share of right answers; where a study goes by both, their sum as its weights have it, named
+    like ``kl + 0.2 recall``. Paired over text and probe, with what seeds alone change if layouts
+    have several; the intervals of all rivals and figures hold together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +131,8 @@ class AuditReport:
     repeated: int = 0
     """Layouts with several seeds, which say what seeds alone change; 0 if they are too few."""
     rivals: tuple[Rival, ...] = ()
-    """Baselines that name other layouts than the study's best; empty if that was not distilled."""
+    """Baselines that name other layouts than the study's best, as far as they, and it, were
+    distilled with as many seeds as the report rests on."""
     distilled: tuple[Distilled, ...] = field(default=(), repr=False)
     """What all this rests on."""
 
@@ -317,16 +319,18 @@ def _seeds(config: StudyConfig, count: int) -> tuple[int, ...]:
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / "settings.json"
-    if path.is_file() and (kept := read_json(path)) != settings:
+    if path.is_file():
+        kept = read_json(path)
         old, new = kept["logits"], settings["logits"]
         # What stands at its default may be left out.
         changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-        # Earlier versions measured on the validation split, and said nothing of it.
+        # Earlier versions measured on the validation split, and said nothing of it, nor of recall.
         changed += [key for key in ("split", "texts", "recall") if kept.get(key) != settings[key]]
-        raise RunError(
-            f"{folder}: holds an audit with another {', '.join(changed)}; remove the folder to "
-            "begin anew"
-        )
+        if changed:
+            raise RunError(
+                f"{folder}: holds an audit with another {', '.join(changed)}; remove the folder to "
+                "begin anew"
+            )
     write_json(path, dict(settings))
 
 
@@ -593,7 +597,7 @@ def _report(
     # A block's gap is much the same in every seed, so seeds add no blocks.
     over_seeds = blocks.mean(axis=1)
     order = np.argsort(over_seeds.mean(axis=1), kind="stable")
-    terms = [f"{x:g} {name}" if x != 1 else name for name, x in result.weights.items()]
+    terms = [_term(name, weight) for name, weight in result.weights.items()]
     best = int(order[0])
     tied = set(statistics.tied_with_best(over_seeds)) - {best}
     return AuditReport(
@@ -619,7 +623,15 @@ def _report(
         objective=" + ".join(terms),
         drawn=len(by_chance),
         repeated=len(repeated),
-        rivals=_rivals(result, layouts, parts, teacher_recall) if searched is not None else (),
+        rivals=()
+        if searched is None
+        else _rivals(
+            result,
+            layouts,
+            parts,
+            teacher_recall,
+            {name: float(np.var(x, axis=1, ddof=1).mean()) for name, x in by_seed.items() if x},
+        ),
         distilled=tuple(
             Distilled(
                 layout=layout,
@@ -636,6 +648,7 @@ def _rivals(
     layouts: Sequence[Layout],
     parts: Mapping[str, statistics.Values],
     teacher_recall: float,
+    seed_variance: Mapping[str, float],
 ) -> tuple[Rival, ...]:
     """Baselines against the study's best by its figures' parts ``(N, S, B)``."""
     best = layouts.index(result.best.layout)
@@ -643,23 +656,32 @@ def _rivals(
     for label, layout in result.baselines.items():
         if layout in layouts and layout != result.best.layout:
             named.setdefault(layout, []).append(label)
-    # As the study's rungs weigh them: recall is the lost share of the teacher's.
-    weights = {"kl": result.weights.get("kl", 0.0), "recall": result.weights.get("recall", 0.0)}
-    weights["recall"] /= teacher_recall or 1.0
-    both = "recall" in parts and all(weights.values())
+    # Figure -> weight of each part's gap in it.
+    figures = {name: {name: 1.0} for name in parts}
+    weights = {name: result.weights.get(name, 0.0) for name in ("kl", "recall")}
+    if "recall" in parts and all(weights.values()):
+        # As rungs weigh them: of recall the lost share of the teacher's.
+        both = " + ".join(_term(name, weight) for name, weight in weights.items())
+        figures[both] = weights | {"recall": weights["recall"] / teacher_recall}
     found = []
     for layout, labels in named.items():
         place = layouts.index(layout)
-        # Over seeds first: a block's gap is much the same in each.
         gaps = {name: (part[place] - part[best]).mean(axis=0) for name, part in parts.items()}
-        loses = {
-            name: statistics.paired([(1.0, gap)], several=len(named)) for name, gap in gaps.items()
-        }
-        if both:
-            terms = [(weights[name], gap) for name, gap in gaps.items()]
-            loses["objective"] = statistics.paired(terms, several=len(named))
+        loses = {}
+        for figure, terms in figures.items():
+            # Of two layouts, each the mean of so many seeds.
+            spread = sum(w**2 * 2 * seed_variance.get(n, 0.0) for n, w in terms.items())
+            loses[figure] = statistics.paired(
+                [(weight, gaps[name]) for name, weight in terms.items()],
+                spread=spread / parts["kl"].shape[1],
+                several=len(named) * len(figures),
+            )
         found.append(Rival(labels=tuple(labels), layout=layout, loses=loses))
     return tuple(found)
+
+
+def _term(name: str, weight: float) -> str:
+    return name if weight == 1 else f"{weight:g} {name}"
 
 
 def _trust(

@@ -108,20 +108,20 @@ _WRITTEN: Mapping[Split, Sequence[str]] = {
     "bank": ("\nKEY -VALUE,", "KEYVALUE,"),
     "search": (
         *("\nKEY:VALUE", "KEYVALUE", "KEY +VALUE;", " [KEY,VALUE]"),
-        *("KEY asVALUE.", "KEYVALUE:", "KEY $VALUE\n", " -KEYVALUE\n"),
+        *("KEY asVALUE,", "KEYVALUE:", "KEY $VALUE\n", " -KEYVALUE\n"),
     ),
     "validation": (
         *(" (KEY,VALUE)", "KEYVALUE;", "KEY =>VALUE\n", " {KEYVALUE}", "KEY <VALUE>"),
         *("KEY orVALUE;", "KEY &VALUE;", "KEYVALUE\n", "KEY ::VALUE,", " *KEYVALUE\n"),
         *("KEY atVALUE,", "KEY ..VALUE\n", "\nKEY >>VALUE", "KEY \\VALUE;", " ofKEYVALUE,"),
-        *("KEY upVALUE.", "KEY !VALUE\n", " ^KEYVALUE", "KEYVALUE /", "KEY soVALUE;"),
+        *("KEY upVALUE,", "KEY !VALUE\n", " ^KEYVALUE", "KEYVALUE /", "KEY soVALUE;"),
         *("KEY _VALUE,", "KEYVALUE no", " =KEYVALUE;", "KEY |VALUE;"),
     ),
     "test": (
         *("KEY =VALUE,", "KEYVALUE.", ' "KEYVALUE"', "KEY ~VALUE\n", " #KEY %VALUE,"),
-        *("KEY isVALUE.", "KEYVALUE |", "KEY toVALUE and", "KEY --VALUE;", " `KEYVALUE`"),
+        *("KEY isVALUE,", "KEYVALUE |", "KEY toVALUE and", "KEY --VALUE;", " `KEYVALUE`"),
         *("KEY inVALUE,", "\n>KEY :VALUE", "KEYVALUE?", "KEY ==VALUE\n", "KEY doVALUE;"),
-        *(" <<KEYVALUE>>", "KEY byVALUE.", "\n+KEYVALUE,", "KEY ;VALUE\n", "KEY ?VALUE."),
+        *(" <<KEYVALUE>>", "KEY byVALUE,", "\n+KEYVALUE,", "KEY ;VALUE\n", "KEY ?VALUE."),
         *(" ifKEYVALUE,", "KEYVALUE!", "KEY onVALUE\n", "KEY *VALUE;"),
     ),
 }
@@ -202,7 +202,8 @@ class RecallProbe(Questions):
         """For people: what is asked."""
         sizes = sorted({num_pairs for _, num_pairs in self.asked})
         pairs = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
-        such = "" if len(self.asked) == 1 else f"{len(self.asked)} notations such as "
+        count = len({template for template, _ in self.asked})
+        such = "" if count == 1 else f"{count} notations such as "
         return f"{such}'{self.asked[0][0]}', {pairs} pairs"
 
     def parts(self, right: Tensor) -> Tensor:
@@ -220,8 +221,9 @@ class RecallProbe(Questions):
     def by_block(self, right: Tensor, num_blocks: int) -> Tensor:
         """:func:`answers`, ``(S,)``, dealt out to the blocks of a text that they are added to.
 
-        A block's are of one notation, or of few, so that what tells blocks apart tells notations
-        apart, too. ``num_blocks`` must divide S.
+        A block's are of one notation, or of few. Where notations are as many as blocks, what tells
+        blocks apart tells notations apart, too; where they are fewer, an error over blocks is
+        still too small. ``num_blocks`` must divide S.
         """
         order = self.asked_by.argsort(stable=True).to(right.device)
         dealt: Tensor = right[order].unflatten(0, (num_blocks, -1)).mean(1)
@@ -253,7 +255,7 @@ def make_probe(
     num_sequences: int | None = None,
     seed: int = 0,
 ) -> RecallProbe | None:
-    """What the teacher solves of a split: its templates, each in one size.
+    """What the teacher solves of a split: its templates, each in one size if they are enough.
 
     Args:
         teacher: Answers first.

@@ -60,7 +60,8 @@ def test_no_notation_is_one_that_recall_is_measured_with(lookups):
     written = {re.sub(r"\w+", "W", text)[:12] for text in lookups}
     for templates in TEMPLATES.values():
         for template in templates:
-            probe = f"{template.before}KEY{template.between} VALUE{template.after}" * 3
+            # Keys and values have a space in front.
+            probe = f"{template.before} KEY{template.between} VALUE{template.after}" * 3
             assert re.sub(r"\w+", "W", probe).strip()[:12] not in written
 
 

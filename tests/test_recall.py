@@ -122,9 +122,9 @@ def test_questions_ask_for_pairs_that_were_named_once(monkeypatch):
     monkeypatch.setitem(recall.TEMPLATES, "test", recall.TEMPLATES["test"][:2])
     teacher = teacher_of(Memory(), tokenizer=Words())
     probe = make_probe(teacher, "test", separator=END, num_sequences=12)
-    assert str(probe) == "4 notations such as 'KEY =VALUE,', 16 to 64 pairs"
+    assert str(probe) == "2 notations such as 'KEY =VALUE,', 16 to 64 pairs"
     found = []
-    for part in probe.batches(1):
+    for part, number in zip(probe.batches(1), probe.asked_by.tolist(), strict=True):
         (row,), (positions,) = part.tokens.tolist(), part.positions.tolist()
         # As a document begins.
         assert row[0] == END
@@ -142,6 +142,9 @@ def test_questions_ask_for_pairs_that_were_named_once(monkeypatch):
         assert all(pairs[entry[0]] == entry[place] for entry in asked)
         assert answers == [entry[place] for entry in asked[recall.NUM_EXAMPLES :]]
         found.append((glued, num_pairs))
+        # What the probe says of this sequence.
+        template, size = probe.asked[number]
+        assert (template.between == " =", size) == found[-1]
     # Two templates take two of the four sizes each, and there are no words for 128 pairs; each of
     # these three times, the short ones first.
     asked = [(True, 16), (False, 32), (True, 64), (False, 64)]
@@ -210,9 +213,9 @@ def probe_for(bench, model, *, wrong):
     positions[::2] = 7
     probe = RecallProbe(
         split="search",
-        # A block's answers are those of one notation.
+        # A block's answers are those of one notation, two sequences that follow one another.
         asked=((Template(), 4),) * blocks,
-        asked_by=torch.arange(len(tokens)) % blocks,
+        asked_by=torch.arange(len(tokens)) // 2,
         tokens=tokens,
         positions=positions,
         teacher_recall=0.8,
@@ -249,10 +252,8 @@ def test_the_objective_is_the_share_of_recall_that_is_lost(bench):
         score = scored.score(layouts[1])
         lost = score.per_block["recall"]
         assert len(lost) == blocks
-        # Half of the blocks have one wrong answer of two.
-        assert lost == pytest.approx(
-            [1 - 0.5 / 0.8] * (blocks // 2) + [1 - 1 / 0.8] * (blocks - blocks // 2)
-        )
+        # A quarter of the blocks have nothing right.
+        assert lost == pytest.approx([1.0] * (blocks // 4) + [1 - 1 / 0.8] * (blocks - blocks // 4))
         assert score.value({"kl": 1.0, "recall": 0.5}) == pytest.approx(
             score.mean("kl") + 0.5 * score.mean("recall")
         )
@@ -272,7 +273,7 @@ def test_rungs_tell_the_share_that_is_lost_after_distillation(bench, monkeypatch
     (score,) = bench.distiller(scorer(bench, probe))([layout], 100)
     assert score.tokens == 64, "whole steps"
     assert score.per_block["recall"] == pytest.approx(
-        [1 - 0.5 / 0.8] * (blocks // 2) + [1 - 1 / 0.8] * (blocks - blocks // 2)
+        [1.0] * (blocks // 4) + [1 - 1 / 0.8] * (blocks - blocks // 4)
     )
     assert len(score.per_block["kl"]) == blocks
 

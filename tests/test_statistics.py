@@ -118,18 +118,27 @@ def test_regret_lies_within_its_interval():
     assert low < 0 < high and low < told < high
 
 
-def test_a_paired_gap_lies_in_its_interval_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    within = {1: 0, 10: 0}
-    for number in range(200):
-        blocks, notations = rng.normal(0.1, 1.0, 48), rng.normal(-0.3, 0.5, 24)
-        for several in within:
-            found = statistics.paired(
-                [(1.0, blocks), (0.2, notations)], several=several, seed=number
-            )
-            assert found.value == pytest.approx(blocks.mean() + 0.2 * notations.mean())
-            within[several] += found.low < 0.1 - 0.2 * 0.3 < found.high
-    assert 180 <= within[1] < within[10] and within[10] >= 194
+def test_paired_gaps_lie_in_their_intervals_as_often_as_these_say():
+    rng, within = np.random.default_rng(0), 0
+    alone, number = {8: 0, 48: 0}, 2000
+    for _ in range(number):
+        blocks, notations = rng.normal(0.1, 1.0, 48), rng.normal(-0.3, 0.5, 8)
+        found = statistics.paired([(1.0, blocks), (2.0, notations)])
+        assert found.value == pytest.approx(blocks.mean() + 2 * notations.mean())
+        within += found.low < 0.1 - 2 * 0.3 < found.high
+        for items, truth in ((blocks, 0.1), (notations, -0.3)):
+            found = statistics.paired([(1.0, items)])
+            alone[len(items)] += found.low < truth < found.high
+    # Within three standard errors of 95 %.
+    assert all(0.935 < count / number < 0.965 for count in (within, *alone.values()))
+    one, ten = (statistics.paired([(1.0, blocks)], several=n) for n in (1, 10))
+    half = stats.t.ppf(1 - 0.0025, 47) * blocks.std(ddof=1) / 48**0.5
+    assert ten.high - ten.value == pytest.approx(half) and one.high < ten.high
+    # What seeds do besides comes on top, and is known well.
+    wide = statistics.paired([(1.0, 1e-9 * blocks)], spread=0.04)
+    assert wide.high - wide.value == pytest.approx(1.96 * 0.2, rel=1e-3)
+    same = statistics.paired([(1.0, np.ones(4))])
+    assert (same.low, same.value, same.high) == (1.0, 1.0, 1.0)
 
 
 def test_the_tied_layouts_are_those_a_paired_test_cannot_tell():

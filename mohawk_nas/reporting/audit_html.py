@@ -43,14 +43,6 @@ def render_audit(report: AuditReport, *, name: str) -> str:
             paragraphs(text.trust_lines(trust, report)),
             _scatter(report, trust),
         ]
-    if report.rivals:
-        columns, rows = text.rival_table(report)
-        cells = [[escape(cell) for cell in row] for row in rows]
-        sections += [
-            "<h2>What baselines name, against the study's best</h2>",
-            table(columns, cells, numbers=set(range(2, len(columns)))),
-            f'<p class="soft">{escape(text.rivals_reading(report))}</p>',
-        ]
     sections.append(
         '<p class="soft">Each mark is a layout: its mean over the seeds, and a line from the '
         "lowest to the highest. The large green mark is the study's best, the ring the best when "
@@ -58,6 +50,13 @@ def render_audit(report: AuditReport, *, name: str) -> str:
         "Distilled figures are of the test split: kl in nats a token, lower is better; "
         "recall the share of right answers, higher is better.</p>"
     )
+    if report.rivals:
+        rows = [[escape(cell) for cell in row] for row in text.rival_rows(report)]
+        sections += [
+            "<h2>What baselines name, against the study's best</h2>",
+            table(text.RIVAL_COLUMNS, rows, numbers={3}),
+            f'<p class="soft">{escape(text.rivals_reading(report))}</p>',
+        ]
     return page(f"{name}: audit", sections)
 
 

@@ -28,13 +28,14 @@ from mohawk_nas.reporting.progress import ConsoleReporter
 from mohawk_nas.reporting.text import (
     COST_NOTES,
     OBJECTIVE_NOTES,
+    RIVAL_COLUMNS,
     audit_verdict,
     difference,
     flips,
     left_out,
     mean_of_all,
     regret_total,
-    rival_table,
+    rival_rows,
     rivals_reading,
 )
 from mohawk_nas.search.result import Placement, StudyResult, compare_blocks
@@ -253,11 +254,10 @@ def show_audit(report: AuditReport, *, files: Sequence[Path]) -> None:
         f"({mean_of_all(report)} - best)."
     )
     if report.rivals:
-        columns, rows = rival_table(report)
         rivals = _table("What baselines name, distilled, against the study's best")
-        for place, column in enumerate(columns):
-            rivals.add_column(column, justify="right" if place > 1 else "left", no_wrap=place > 0)
-        for cells in rows:
+        for column in RIVAL_COLUMNS:
+            rivals.add_column(column, no_wrap=column == RIVAL_COLUMNS[-1])
+        for cells in rival_rows(report):
             rivals.add_row(*cells)
         _OUT.print(rivals)
         _say(rivals_reading(report))

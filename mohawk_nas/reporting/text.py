@@ -228,16 +228,22 @@ def audit_verdict(report: AuditReport) -> list[str]:
     return [*lines, f"The study's own best, {layers(report.searched)}, is {where}."]
 
 
-def rival_table(report: AuditReport) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of what baselines lose beyond the study's best when distilled."""
-    names = list(report.rivals[0].loses) if report.rivals else []
-    columns = ["baseline", "keeps", *(report.objective if n == "objective" else n for n in names)]
-    rows = []
-    for rival in report.rivals:
-        found = [rival.loses[name] for name in names]
-        cells = [f"{x.value:+.4f} [{x.low:+.4f}, {x.high:+.4f}]" for x in found]
-        rows.append([", ".join(rival.labels), layers(rival.layout), *cells])
-    return columns, rows
+RIVAL_COLUMNS = ("baseline", "keeps", "figure", "loses [95 %]")
+
+
+def rival_rows(report: AuditReport) -> list[tuple[str, ...]]:
+    """What baselines lose beyond the study's best when distilled, a row a figure."""
+    return [
+        (
+            *((", ".join(rival.labels), layers(rival.layout)) if first else ("", "")),
+            figure,
+            f"{lost.value:+.4f} [{lost.low:+.4f}, {lost.high:+.4f}]",
+        )
+        for rival in report.rivals
+        for first, (figure, lost) in zip(
+            (True, *(False for _ in rival.loses)), rival.loses.items(), strict=False
+        )
+    ]
 
 
 def rivals_reading(report: AuditReport) -> str:
@@ -247,10 +253,12 @@ def rivals_reading(report: AuditReport) -> str:
         for name in report.rivals[0].loses
     }
     said = [f"{' and '.join(labels)} by {name}" for name, labels in better.items() if labels]
+    over = "text, questions and seeds" if report.repeated else "text and questions, not seeds"
     return (
         "What a baseline's layout loses beyond the study's best when distilled (kl in nats a "
-        "token, recall as a share of right answers), below 0 where it is better; the intervals of "
-        f"95% hold for all of them together. Better beyond noise: {'; '.join(said) or 'none'}."
+        "token, recall as a share of right answers), below 0 where it is better; the intervals "
+        f"hold for all of them together, over {over}. Better beyond them: "
+        f"{'; '.join(said) or 'none'}."
     )
 
 

@@ -638,10 +638,11 @@ def run(arguments: Sequence[str] | None) -> None:
                         if options.undistilled
                         else table.truths_by(objective)
                     )
-                except DataError:
+                except DataError as e:
                     if not options.missing:
                         raise
-                    # Too little to judge by yet: what is to be distilled is all that can be told.
+                    # What is to be distilled is all that can be told yet.
+                    console.print(f"{table.name}, by {text}: not judged, {e}")
                     done = {row["layout"] for row in table.distilled}
                     missing |= {x: None for x in named if x not in done}
                     continue

@@ -44,7 +44,7 @@ from mohawk_nas.files import RowFile, write_json
 from mohawk_nas.layout import Layout
 from mohawk_nas.metrics import evaluate_blocks
 from mohawk_nas.plan import find_problems
-from mohawk_nas.recall import answers
+from mohawk_nas.recall import answers, notation_of
 from mohawk_nas.reporting import screen
 from mohawk_nas.runs import check_identity, check_run_dir, provenance
 from mohawk_nas.search.result import StudyResult
@@ -107,6 +107,7 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
 
     def found(layout: Layout, budget: int, seed: int) -> Mapping[str, Any] | None:
         keys = {"layout": name_of(layout), "tokens": budget, "seed": seed, "recipe": recipe}
+        keys["asked by"] = notation_of("test")
         return next(iter(rows.find(kind="distilled", **keys)), None)
 
     if any(found(*pair, seed) is None for pair in wanted for seed in args.seeds):
@@ -205,6 +206,7 @@ def distil(
         for budget in sorted({budget for _, budget in wanted}):
             layouts = [layout for layout, tokens in wanted if tokens == budget]
             keys = {"kind": "distilled", "tokens": budget, "seed": seed, "recipe": recipe}
+            keys["asked by"] = notation_of("test")
             done = {row["layout"] for row in rows.find(**keys)}
             mine = layouts[args.part[0] :: args.part[1]]
             left = [layout for layout in mine if name_of(layout) not in done]
