@@ -133,6 +133,8 @@ class AuditReport:
     rivals: tuple[Rival, ...] = ()
     """Baselines that name other layouts than the study's best, as far as they, and it, were
     distilled with as many seeds as the report rests on."""
+    not_held: tuple[str, ...] = ()
+    """Baselines whose layouts were not."""
     distilled: tuple[Distilled, ...] = field(default=(), repr=False)
     """What all this rests on."""
 
@@ -144,6 +146,7 @@ class AuditReport:
                 name: getattr(self, name)
                 for name in ("layouts", "seeds", "tokens", "drawn", "repeated")
             },
+            "not_held": list(self.not_held),
             **{name: list(layout.candidates) for name, layout in named.items()},
             "tied": [list(layout.candidates) for layout in self.tied],
             "trusts": [asdict(trust) for trust in self.trusts],
@@ -623,6 +626,7 @@ def _report(
         objective=" + ".join(terms),
         drawn=len(by_chance),
         repeated=len(repeated),
+        not_held=tuple(x for x, layout in result.baselines.items() if layout not in whole),
         rivals=()
         if searched is None
         else _rivals(

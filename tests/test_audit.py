@@ -251,6 +251,13 @@ def test_baselines_are_held_against_the_studys_best(study, tmp_path, capsys):
     ]
     reading = rivals_reading(_report(result, better, tokens=256, drawn={}))
     assert re.search(r"Better beyond them: (?!none).*\bby kl\.$", reading)
+    # One that lacks a seed is named, and not held against anything.
+    lacking = report.rivals[0]
+    fewer = [r for r in rows if tuple(r["layout"]) != lacking.layout.candidates or r["seed"] == 1]
+    found = _report(result, fewer, tokens=256, drawn={})
+    assert lacking.layout not in {rival.layout for rival in found.rivals}
+    assert found.not_held == lacking.labels == tuple(found.to_dict()["not_held"])
+    assert f"Not distilled as often: {', '.join(lacking.labels)}." in rivals_reading(found)
     # Where the best itself was not distilled there is nothing to hold them against.
     others = [row for row in rows if tuple(row["layout"]) != best.candidates]
     assert _report(result, others, tokens=256, drawn={}).rivals == ()

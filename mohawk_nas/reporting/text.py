@@ -235,14 +235,13 @@ def rival_rows(report: AuditReport) -> list[tuple[str, ...]]:
     """What baselines lose beyond the study's best when distilled, a row a figure."""
     return [
         (
-            *((", ".join(rival.labels), layers(rival.layout)) if first else ("", "")),
+            "" if place else ", ".join(rival.labels),
+            "" if place else layers(rival.layout),
             figure,
             f"{lost.value:+.4f} [{lost.low:+.4f}, {lost.high:+.4f}]",
         )
         for rival in report.rivals
-        for first, (figure, lost) in zip(
-            (True, *(False for _ in rival.loses)), rival.loses.items(), strict=False
-        )
+        for place, (figure, lost) in enumerate(rival.loses.items())
     ]
 
 
@@ -254,11 +253,12 @@ def rivals_reading(report: AuditReport) -> str:
     }
     said = [f"{' and '.join(labels)} by {name}" for name, labels in better.items() if labels]
     over = "text, questions and seeds" if report.repeated else "text and questions, not seeds"
+    rest = f" Not distilled as often: {', '.join(report.not_held)}." if report.not_held else ""
     return (
         "What a baseline's layout loses beyond the study's best when distilled (kl in nats a "
         "token, recall as a share of right answers), below 0 where it is better; the intervals "
         f"hold for all of them together, over {over}. Better beyond them: "
-        f"{'; '.join(said) or 'none'}."
+        f"{'; '.join(said) or 'none'}.{rest}"
     )
 
 

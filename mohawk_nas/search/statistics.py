@@ -160,13 +160,14 @@ def regret_within(
     size = truth.shape[2]
     rng = np.random.default_rng(seed)
     times = rng.multinomial(size, np.full(size, 1 / size), size=REPEATS)
-    again = None if drawn is None else rng.integers(len(drawn), size=(len(drawn), REPEATS))
+    again = None
+    if drawn is not None:
+        again = np.array(drawn)[rng.integers(len(drawn), size=(len(drawn), REPEATS))]
     turns = []
     for chosen, judged in _turns(truth @ times.T / size):
         best = judged[chosen.argmin(axis=0), np.arange(REPEATS)]
-        mean = judged.mean(axis=0)
-        if drawn is not None and again is not None:
-            mean = np.take_along_axis(judged[list(drawn)], again, axis=0).mean(axis=0)
+        some = judged if again is None else judged[again, np.arange(REPEATS)]
+        mean = some.mean(axis=0)
         # Where the best is no better than the mean of all, there is nothing to choose.
         scale = np.where(mean > best, mean - best, np.nan)
         turns.append((judged[pick] - best) / scale)

@@ -311,13 +311,12 @@ def noise_of(name: str, rows: Sequence[Mapping[str, Any]], truth: str) -> Noise 
     gaps = [first[x]["validation"][truth] - first[x][truth] for x in best]
     parts = ("kl_blocks",) if truth == "kl" else ("recall_parts", "recall_sequences")
     drawing = None
-    for key in (key for key in parts if all(key in first[x] for x in best)):
+    if key := next((key for key in parts if all(key in first[x] for x in best)), None):
         items = np.array([first[x][key] for x in best])
         rest = items - items.mean(axis=0)
         rest -= rest.mean(axis=1, keepdims=True)
         # Of each of the two splits, as if both had as many items as this one.
         drawing = float(np.sqrt(2 * rest.var(axis=1).mean() / items.shape[1]))
-        break
     both = [first[x][truth] - second[x][truth] for x in first if x in second]
     return Noise(
         table=name,
