@@ -224,10 +224,10 @@ def audit(
         rows = folder / "distilled.jsonl"
         work.check(result, RowFile(rows).rows)
         if took := [
-            score.seconds
+            score.seconds / rung.num_seeds(layout)
             for rung in result.rungs
             if rung.tokens == tokens
-            for score in rung.scores.values()
+            for layout, score in rung.scores.items()
         ]:
             # Known before anything is distilled here.
             each = float(np.mean(took)) / workers

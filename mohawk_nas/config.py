@@ -284,6 +284,10 @@ class RungsConfig:
     one in ``factor``, ``most`` of them at most if it is given. ``wilcoxon``: those that a
     signed-rank test over blocks cannot tell from the best at ``p``, ``most`` of them at most.
     Of each baseline the best layout climbs to the first rung as well."""
+    seeds: int = 3
+    """Of stage 3, at most, for layouts that the last rung leaves tied with the best: they are
+    distilled again until one is told from the rest, half as many as climbed at most each time. With
+    1 a single distillation decides."""
     batch_size: int | None = None
     """Blocks a batch; null takes that of ``distill.logits``. A full distillation often takes steps
     of so much text that a rung would be over after a few of them."""
@@ -1069,6 +1073,10 @@ def _check(study: StudyConfig) -> list[str]:
         rate is None or not rate > 0 or rate >= logits.min_lr,
         f"search.rungs.lr: must be at least distill.logits.min_lr ({logits.min_lr}), to which it "
         f"falls, but got {rate}",
+    )
+    need(
+        search.rungs.seeds >= 1,
+        f"search.rungs.seeds: must be at least 1, but got {search.rungs.seeds}",
     )
     per_step = short.batch_size * short.accumulate * data.block_size
     need(

@@ -724,6 +724,7 @@ def _rung_figures(result: StudyResult) -> list[dict[str, Any]]:
                     "value": rung.value(result.best.layout),
                     "objectives": {name: score.mean(name) for name in score.per_block},
                     "layouts_distilled": len(rung.scores),
+                    "seeds": rung.num_seeds(result.best.layout),
                 }
             )
     return figures

@@ -45,7 +45,7 @@ from mohawk_nas.search.result import StudyResult
 from mohawk_nas.search.rungs import Distiller
 from mohawk_nas.search.scoring import Learnt, Score
 from mohawk_nas.search.space import SearchSpace, load_space
-from mohawk_nas.search.study import check_needs, load_result
+from mohawk_nas.search.study import check_needs, load_result, trial_seed
 from mohawk_nas.teacher import Teacher, load_teacher
 
 __all__ = ["Workbench"]
@@ -362,8 +362,8 @@ class _Distiller:
         self.scorer.release()
         return self.bench.students_at_once(short_recipe(self.bench.config, 0))
 
-    def __call__(self, layouts: Sequence[Layout], tokens: int) -> list[Score]:
-        bench = self.bench
+    def __call__(self, layouts: Sequence[Layout], tokens: int, seed: int) -> list[Score]:
+        bench, first = self.bench, self.bench.config.seed
         self.scorer.release()
         config = short_recipe(bench.config, tokens)
         # A rung's text does not depend on which other rungs there are.
@@ -380,7 +380,8 @@ class _Distiller:
             bench.bank,
             train=train,
             config=config,
-            seed=bench.config.seed,
+            # An audit's seeds, which count from 0, must be others.
+            seed=trial_seed(first, seed, "run-off") if seed else first,
             measure=self._measure,
             reporter=bench.reporter,
         )

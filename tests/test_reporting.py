@@ -21,7 +21,7 @@ from mohawk_nas.reporting.html import render_report, write_report
 from mohawk_nas.reporting.progress import ConsoleReporter
 from mohawk_nas.reporting.screen import show_distillation, show_names
 from mohawk_nas.search.budget import Budget
-from mohawk_nas.search.result import Comparison
+from mohawk_nas.search.scoring import Comparison
 from mohawk_nas.search.statistics import Fit, Interval, Regret
 from mohawk_nas.search.strategy import strategy_names
 from mohawk_nas.search.study import run_study

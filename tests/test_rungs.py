@@ -34,13 +34,19 @@ from mohawk_nas.ranks import GPU_SHARERS
 from mohawk_nas.reporting import Silent
 from mohawk_nas.reporting.console import print_result
 from mohawk_nas.reporting.html import render_report
-from mohawk_nas.reporting.text import layers, proposers, verdict
+from mohawk_nas.reporting.text import layers, proposers, rung_counts, rung_table, verdict
 from mohawk_nas.search.leases import Pace, Worker
 from mohawk_nas.search.record import open_ledger
-from mohawk_nas.search.result import compare
-from mohawk_nas.search.rungs import Halving, Wilcoxon, build_pruner, climb, rung_recipe
-from mohawk_nas.search.scoring import Score
-from mohawk_nas.search.study import load_result, plan_search, run_study
+from mohawk_nas.search.rungs import (
+    Halving,
+    Wilcoxon,
+    build_pruner,
+    climb,
+    most_in_run_off,
+    rung_recipe,
+)
+from mohawk_nas.search.scoring import Score, compare
+from mohawk_nas.search.study import load_result, plan_search, run_study, trial_seed
 from mohawk_nas.workbench import Workbench
 
 NOISE = np.random.default_rng(3).normal(size=(12, 32))
@@ -125,6 +131,7 @@ def test_a_rungs_steps_are_its_own(tmp_path):
     wanted = replace(whole, tokens=256, accumulate=2, lr=1e-3)
     assert short_recipe(config, 256) == wanted != whole
     problems = {"batch_size": "at least 1", "accumulate": "at least 1", "lr": "above 0"}
+    problems["seeds"] = "at least 1"
     for name, problem in problems.items():
         with pytest.raises(ConfigError, match=f"search.rungs.{name}: must be {problem}, but got 0"):
             make_study(tmp_path, *full, *short, f"search.rungs.{name}=0")
@@ -142,7 +149,7 @@ def test_each_rung_decides_by_its_own_figures():
     ranked = [(x, score(b)) for x, b in zip(layouts, rows(*range(12)), strict=True)]
     figures = {0: [5, 4, 3, 2, 1, 0], 1: [7, 8, 9, 7, 6, 7]}
     found = {
-        (layouts[i], tokens): score(rows(value)[0])
+        (layouts[i], tokens, 0): score(rows(value)[0])
         for tokens, values in zip((100, 200), figures.values(), strict=True)
         for i, value in enumerate(values)
     }
@@ -153,16 +160,77 @@ def test_each_rung_decides_by_its_own_figures():
     # Of equal ones the better of the rung below is first.
     assert two.ranking == (layouts[4], layouts[5], layouts[3])
     assert one.complete and two.complete
-    del found[layouts[2], 100]
+    assert not one.left and not two.left
+    del found[layouts[2], 100, 0]
     (partial,) = climb(ranked, found=found, **options)
-    assert not partial.complete and len(partial.ranking) == 5
+    assert not partial.complete and len(partial.ranking) == 5 and partial.left == (layouts[2],)
+
+
+def noisy(*means):
+    """Scores of such means; two of them that are 0.1 apart are tied, at 0.6 they are not."""
+    noise = 0.5 * (NOISE - NOISE.mean(axis=1, keepdims=True))
+    return [score(mean + row) for mean, row in zip(means, noise, strict=False)]
+
+
+def test_those_that_the_last_rung_leaves_tied_are_distilled_with_further_seeds():
+    layouts = [Layout.keeping((i,), num_layers=12, replacement="ssm") for i in range(12)]
+    ranked = [(x, score(b)) for x, b in zip(layouts, rows(*range(12)), strict=True)]
+    options = {"weights": {"kl": 1.0}, "tokens": [100], "pruner": Halving(factor=2), "seeds": 3}
+    found = {(layouts[i], 100, 0): s for i, s in enumerate(noisy(0.0, 0.05, 0.9, 0.1, 0.8, 0.7))}
+
+    (first,) = climb(ranked, found=found, **options)
+    assert first.complete and first.ranking[0] == layouts[0]
+    # It chooses as before until all of them have the next seed.
+    assert first.run_off == ((layouts[0], layouts[1], layouts[3]),) == (first.left,)
+    found[layouts[0], 100, 1] = noisy(2.0)[0]
+    (second,) = climb(ranked, found=found, **options)
+    assert second.left == (layouts[1], layouts[3]) and second.ranking == first.ranking
+    assert second.scores == first.scores and {map(second.num_seeds, layouts[:6])} != {1}
+    found |= {(layouts[i], 100, 1): s for i, s in zip((1, 3), noisy(0.1, -0.1), strict=True)}
+
+    # By the mean of two seeds the first, which was lucky, is told from the others.
+    (third,) = climb(ranked, found=found, **options)
+    assert third.run_off[1] == third.left == (layouts[3], layouts[1])
+    wanted = np.mean([found[layouts[3], 100, n].mean("kl") for n in (0, 1)])
+    assert third.value(layouts[3]) == pytest.approx(wanted)
+    assert third.scores[layouts[3]].tokens == 2 and third.scores[layouts[3]].seconds == 2.0
+    # It was told from them with more seeds than those which fell behind with one, so it is ahead.
+    assert third.value(layouts[0]) > third.value(layouts[5]) > third.value(layouts[1])
+    assert third.ranking == tuple(layouts[i] for i in (3, 1, 0, 5, 4, 2))
+    assert [third.num_seeds(layouts[i]) for i in (3, 1, 0, 5)] == [2, 2, 2, 1]
+
+    # No seed is left after the third.
+    found |= {(layouts[i], 100, 2): s for i, s in zip((1, 3), noisy(0.0, 0.4), strict=True)}
+    (last,) = climb(ranked, found=found, **options)
+    assert not last.left and len(last.run_off) == 2 and last.num_seeds(layouts[1]) == 3
+    assert last.ranking[:3] == (layouts[1], layouts[3], layouts[0])
+    (alone,) = climb(ranked, found=found, **options | {"seeds": 1})
+    assert alone.run_off == () == alone.left and alone.ranking == first.ranking
+
+
+def test_a_run_off_is_of_the_last_rung_and_half_of_it_at_most():
+    layouts = [Layout.keeping((i,), num_layers=12, replacement="ssm") for i in range(12)]
+    ranked = [(x, score([float(i)])) for i, x in enumerate(layouts)]
+    # A single block tells nothing apart.
+    found = {(x, n, 0): score([float(i)]) for i, x in enumerate(layouts) for n in (100, 200)}
+    options = {"weights": {"kl": 1.0}, "found": found, "seeds": 2}
+    one, two = climb(ranked, tokens=[100, 200], pruner=Halving(factor=2), **options)
+    assert len(one.climbers) == 6 and not one.run_off
+    assert len(two.climbers) == 3 and two.run_off == (tuple(layouts[:2]),) == (two.left,)
+    (eight,) = climb(ranked, tokens=[100], pruner=Halving(factor=2), named=layouts[6:8], **options)
+    assert len(eight.climbers) == 8 and eight.run_off == (tuple(layouts[:4]),)
+    assert most_in_run_off(8, 2) == 4 and most_in_run_off(8, 3) == 8 and most_in_run_off(3, 2) == 2
+    assert most_in_run_off(8, 1) == 0 == most_in_run_off(1, 3)
+    # One alone is tied with nobody.
+    (single,) = climb(ranked[:1], tokens=[100], pruner=Halving(), **options)
+    assert single.run_off == () == single.left
 
 
 def test_an_objective_that_is_not_measured_there_becomes_kl():
     layouts = [Layout.keeping((i,), num_layers=4, replacement="ssm") for i in range(4)]
     below = Score(per_block={"stage2_cascade": (1.0, 2.0)}, tokens=1, seconds=1.0)
     above = Score(per_block={"kl": (1.0, 3.0), "recall": (9.0, 9.0)}, tokens=1, seconds=1.0)
-    options = {"tokens": [9], "pruner": Halving(), "found": {(x, 9): above for x in layouts}}
+    options = {"tokens": [9], "pruner": Halving(), "found": {(x, 9, 0): above for x in layouts}}
     (rung,) = climb([(x, below) for x in layouts], weights={"stage2_cascade": 3.0}, **options)
     assert rung.value(layouts[0]) == 2.0
     below = above
@@ -179,36 +247,40 @@ class MadeUpDistiller:
 
     at_once = 3
 
-    def __init__(self, pause=0.0):
+    def __init__(self, pause=0.0, noise=0.01):
         self.done = []
         self.pause = pause
+        self.noise = noise
 
-    def __call__(self, layouts, tokens):
+    def __call__(self, layouts, tokens, seed):
         time.sleep(self.pause)
         found = []
         for layout in layouts:
             digest = hashlib.sha256(f"{layout.key()} {tokens}".encode()).hexdigest()
-            blocks = int(digest[:6], 16) / 2**24 + 0.01 * NOISE[int(digest[:6], 16) % 12]
+            place = int(digest[:6], 16)
+            blocks = place / 2**24 + self.noise * NOISE[(place + seed) % 12]
             found.append(Score(per_block={"kl": tuple(blocks)}, tokens=tokens, seconds=2.0))
-            self.done.append((layout, tokens))
+            self.done.append((layout, tokens, seed))
         return found
 
 
 class Stopper(MadeUpDistiller):
-    def __init__(self, after):
-        super().__init__()
+    def __init__(self, after, noise):
+        super().__init__(noise=noise)
         self.after = after
 
-    def __call__(self, layouts, tokens):
+    def __call__(self, layouts, tokens, seed):
         if not self.after:
             raise KeyboardInterrupt
         self.after -= 1
-        return super().__call__(layouts, tokens)
+        return super().__call__(layouts, tokens, seed)
 
 
-def study(distiller, run_dir, *, tokens=(100, 400), pruner="halving", worker=None, **options):
+def study(
+    distiller, run_dir, *, tokens=(100, 400), pruner="halving", seeds=3, worker=None, **options
+):
     options = {"trials": 28, "baselines": [], **options}
-    options["rungs"] = RungsConfig(tokens=list(tokens), pruner=pruner)
+    options["rungs"] = RungsConfig(tokens=list(tokens), pruner=pruner, seeds=seeds)
     config, space, budget = make(8, 2, **options)
     scorer = SyntheticScorer(8, pairs=1.0)
     pace = Pace(beat_every=0.1, patience=5.0, look_every=0.01)
@@ -225,7 +297,7 @@ def study(distiller, run_dir, *, tokens=(100, 400), pruner="halving", worker=Non
 
 
 def essence(result):
-    rungs = [(r.tokens, r.climbers, dict(r.scores), r.ranking) for r in result.rungs]
+    rungs = [(r.tokens, r.climbers, dict(r.scores), r.ranking, r.run_off) for r in result.rungs]
     trials = [(t.layout, t.score) for t in result.trials]
     return trials, rungs, result.best.layout, [t.layout for t in result.ties]
 
@@ -262,7 +334,7 @@ def test_distillations_that_made_layouts_worse_are_told():
             super().__init__()
             self.times = times
 
-        def __call__(self, layouts, tokens):
+        def __call__(self, layouts, tokens, seed):
             scores = map(SyntheticScorer(8, pairs=1.0).score, layouts)
             kl = [[self.times * x for x in score.per_block["kl"]] for score in scores]
             return [Score(per_block={"kl": x}, tokens=tokens, seconds=1.0) for x in kl]
@@ -304,31 +376,64 @@ def test_without_rungs_a_study_is_as_before(tmp_path):
     assert sorted(names) == ["made-up", "made-up.probes"]
 
 
-def test_rungs_stopped_at_any_point_go_on_as_if_unbroken(tmp_path):
-    whole = MadeUpDistiller()
+# Whose two layouts of the highest rung are tied, and those of which all are.
+@pytest.mark.parametrize(
+    ("noise", "stops_at", "at_once"),
+    [(0.01, 3, [3, 3, 1, 2]), (3.0, 5, [3, 3, 1, 2, 2, 2])],
+    ids=["told", "tied"],
+)
+def test_rungs_stopped_at_any_point_go_on_as_if_unbroken(tmp_path, noise, stops_at, at_once):
+    whole = MadeUpDistiller(noise=noise)
     unbroken = study(whole, None)
     stops, done = 0, []
     while True:
-        distiller = Stopper(after=1)
+        distiller = Stopper(after=1, noise=noise)
         try:
             result = study(distiller, tmp_path)
             break
         except KeyboardInterrupt:
             stops += 1
             done += distiller.done
-    # The first rung takes 3, 3 and 1, the second 2.
-    assert stops == 3 and essence(result) == essence(unbroken)
+    # The first rung takes 3, 3 and 1, the second 2, and twice more where these are tied.
+    assert stops == stops_at and essence(result) == essence(unbroken)
     assert done + distiller.done == whole.done, "nothing is distilled twice"
-    reasons = [t.user_attrs.get("reason") for t in rung_trials(tmp_path)]
-    assert reasons.count("interrupted: KeyboardInterrupt") == 3 + 1 + 2
+    assert len(whole.done) == sum(at_once) == len(set(whole.done))
+    trials = rung_trials(tmp_path)
+    reasons = [t.user_attrs.get("reason") for t in trials]
+    assert reasons.count("interrupted: KeyboardInterrupt") == sum(at_once[1:])
+    kept = [t.user_attrs["seed"] for t in trials if t.state.name == "COMPLETE"]
+    assert kept == [0] * 9 + [1] * 2 * (noise > 0.1) + [2] * 2 * (noise > 0.1)
+    assert len(result.rungs[-1].run_off) == 2 * (noise > 0.1)
+
+
+def test_the_choice_of_a_run_off_is_told(tmp_path):
+    result = study(MadeUpDistiller(noise=3.0), tmp_path)
+    top = result.rungs[-1]
+    assert top.num_seeds(result.best.layout) == 3
+    assert "after 400 tokens of stage 3 (mean of 3 seeds; " in verdict(result)[0]
+    counted = rung_counts(result)
+    again = ", then 2 that were tied with the best with one more seed"
+    assert f"2 to 400 tokens of stage 3{again}{again}; " in counted
+    assert f"{7 * 100 + 3 * 2 * 400:,} tokens" in counted
+    columns, figures = rung_table(result)
+    assert [row[columns.index("seeds")] for row in figures.values()] == ["3", "3"] + ["1"] * 5
+    with pytest.raises(KeyboardInterrupt):
+        study(Stopper(after=4, noise=3.0), tmp_path / "stopped")
+    config, space, budget = make(
+        8, 2, baselines=[], trials=28, rungs=RungsConfig(tokens=[100, 400])
+    )
+    half = load_result(config, space, budget, run_dir=tmp_path / "stopped")
+    assert rung_counts(half).split(";")[0].endswith("with one more seed (not done yet)")
+    # As a study of before further seeds: its choice stands until it is searched again.
+    assert half.best.layout == study(MadeUpDistiller(noise=3.0), None, seeds=1).best.layout
 
 
 def killed(run_dir, after):
     class Killed(MadeUpDistiller):
-        def __call__(self, layouts, tokens):
+        def __call__(self, layouts, tokens, seed):
             if len(self.done) >= after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(layouts, tokens)
+            return super().__call__(layouts, tokens, seed)
 
     study(Killed(), run_dir)
 
@@ -342,7 +447,7 @@ def test_a_killed_study_ends_as_an_unbroken_one(tmp_path):
     distiller = MadeUpDistiller()
     assert essence(study(distiller, tmp_path)) == essence(study(MadeUpDistiller(), None))
     # The last kill came when the first rung was complete.
-    assert [tokens for _, tokens in distiller.done] == [400, 400]
+    assert [tokens for _, tokens, _ in distiller.done] == [400, 400]
     rungs = RungsConfig(tokens=[100, 400])
     config, space, budget = make(8, 2, baselines=[], trials=28, rungs=rungs)
     loaded = load_result(config, space, budget, run_dir=tmp_path)
@@ -354,12 +459,12 @@ def test_a_rung_added_later_keeps_what_was_distilled(tmp_path):
     distiller = MadeUpDistiller()
     result = study(distiller, tmp_path)
     assert essence(result) == essence(study(MadeUpDistiller(), None))
-    assert [tokens for _, tokens in distiller.done] == [400, 400]
+    assert [tokens for _, tokens, _ in distiller.done] == [400, 400]
 
 
 def test_workers_share_the_distillations(tmp_path):
     storage = f"journal:{tmp_path / 'study.journal'}"
-    distillers = [MadeUpDistiller(pause=0.05) for _ in range(2)]
+    distillers = [MadeUpDistiller(pause=0.05, noise=3.0) for _ in range(2)]
 
     def work(number):
         return study(
@@ -376,7 +481,9 @@ def test_workers_share_the_distillations(tmp_path):
     rungs = results[0].rungs
     assert [len(rung.climbers) for rung in rungs] == [14, 7]
     done = [x for distiller in distillers for x in distiller.done]
-    assert len(done) == 21 == len(set(done)), "nothing is distilled twice"
+    again = sum(map(len, rungs[-1].run_off))
+    assert again >= 4, "the last rung has left some tied"
+    assert len(done) == 21 + again == len(set(done)), "nothing is distilled twice"
     for distiller in distillers:
         assert len(distiller.done) >= 7
 
@@ -385,31 +492,35 @@ def test_two_that_begin_the_same_layout_distil_it_once(tmp_path):
     storage = f"journal:{tmp_path / 'study.journal'}"
     config, space, budget = make(8, 2, storage=storage, rungs=RungsConfig(tokens=[100]))
     layouts, distiller, recipe = list(budget.enumerate(space))[:3], MadeUpDistiller(), {"lr": 1.0}
-    options = {"tokens": 100, "recipe": recipe, "value": lambda score: score.mean("kl")}
+    options = {"tokens": 100, "seed": 0, "recipe": recipe}
+    options["value"] = lambda score: score.mean("kl")
     with (
         open_ledger(config, space, run_dir=None, begin=True) as one,
         open_ledger(config, space, run_dir=None, begin=True) as other,
     ):
 
-        def meanwhile(mine, tokens):
+        def meanwhile(mine, tokens, seed):
             other.refresh()
-            assert other.distilling == {(layout, 100) for layout in layouts[:2]}
+            assert other.distilling == {(layout, 100, 0) for layout in layouts[:2]}
             # As one that had looked before the first began.
             other.run_rung(layouts[1:], distiller, **options)
-            return distiller(mine, tokens)
+            return distiller(mine, tokens, seed)
 
         one.run_rung(layouts[:2], meanwhile, **options)
-        assert distiller.done == [(layouts[i], 100) for i in (2, 0, 1)]
+        assert distiller.done == [(layouts[i], 100, 0) for i in (2, 0, 1)]
         one.run_rung(layouts, distiller, **options)
         assert len(distiller.done) == 3 == len(other.rung_scores(recipe))
         # Another recipe is another distillation.
         other.run_rung(layouts[:1], distiller, **{**options, "recipe": {"lr": 2.0}})
         assert len(distiller.done) == 4 and len(one.rung_scores(recipe)) == 3
+        # So is another seed.
+        other.run_rung(layouts[:1], distiller, **{**options, "seed": 1})
+        assert len(distiller.done) == 5 and (layouts[0], 100, 1) in one.rung_scores(recipe)
 
 
 def worker_to_be_killed(storage):
     class Killed(MadeUpDistiller):
-        def __call__(self, layouts, tokens):
+        def __call__(self, layouts, tokens, seed):
             os.kill(os.getpid(), signal.SIGKILL)
 
     study(Killed(), None, storage=storage)
@@ -428,7 +539,8 @@ def test_what_a_killed_worker_was_at_is_taken_over(tmp_path):
 
 def test_the_plan_counts_distillations():
     config, space, budget = make(8, 2, trials=20, rungs=RungsConfig(tokens=[100, 400]))
-    assert plan_search(config.search, space, budget).rungs == {100: 5, 400: 2}
+    plan = plan_search(config.search, space, budget)
+    assert plan.rungs == {100: 5, 400: 2} and plan.run_off == 2 * 2
     rungs = RungsConfig(tokens=[100, 400], pruner={"name": "wilcoxon", "most": 4})
     config, space, budget = make(8, 2, trials=20, rungs=rungs)
     assert plan_search(config.search, space, budget).rungs == {100: 4, 400: 4}
@@ -458,7 +570,7 @@ def searched(folder):
     return pipeline.search(make_study(folder, *RUNGS))
 
 
-def distilled(config, layout, tokens):
+def distilled(config, layout, tokens, seed=None):
     """The layout's KL on the validation split, by the pieces that a rung is made of."""
     bench = Workbench(config)
     needed = {"bank": max(tokens, 64), "validation": config.data.validation_tokens}
@@ -470,7 +582,7 @@ def distilled(config, layout, tokens):
         bench.bank,
         train=blocks["bank"],
         config=recipe,
-        seed=config.seed,
+        seed=config.seed if seed is None else seed,
         measure=lambda student: (
             evaluate_blocks(bench.teacher, student, bench.blocks["validation"]).kl
         ),
@@ -490,6 +602,24 @@ def test_a_rung_is_what_distillation_gives(folder, searched):
     for layout in top.climbers:
         before = np.mean(distilled(config, layout, 0))
         assert top.scores[layout].mean("kl") < before, "distillation helps"
+
+
+def test_a_run_off_is_other_distillations_of_the_same_layouts(folder):
+    # One block tells nothing apart.
+    block = make_study(folder).data.block_size
+    options = (*RUNGS, "search.rungs.tokens=[256]", f"data.validation_tokens={block}")
+    config = make_study(folder, *options, f"output={folder / 'tied'}")
+    result, path = pipeline.search(config)
+    (rung,) = result.rungs
+    assert rung.run_off == (rung.run_off[0],) * 2 and len(rung.run_off[0]) == 2
+    seeds = [config.seed, *(trial_seed(config.seed, n, "run-off") for n in (1, 2))]
+    for layout in rung.run_off[0]:
+        each = [distilled(config, layout, 256, seed) for seed in seeds]
+        assert len(set(each)) == 3, "another seed gives another student"
+        np.testing.assert_allclose(rung.scores[layout].per_block["kl"], np.mean(each, axis=0))
+        assert rung.scores[layout].tokens == 3 * 256
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))["scores"]["rungs"]
+    assert written[0]["seeds"] == 3
 
 
 def test_a_rung_distils_by_its_own_recipe(folder, searched):
@@ -619,5 +749,13 @@ def test_the_plan_says_what_rungs_take(folder):
     )
     assert with_baselines.search.rungs == {256: 4, 1280: 2}
     less = make_plan(make_study(folder, *RUNGS, "search.rungs.tokens=[256]"))
-    assert plan.flops["rungs"] / less.flops["rungs"] == (3 * 256 + 2 * 1280) / (3 * 256)
+    # Two more seeds of those that are left tied, of two layouts at most.
+    assert plan.search.run_off == 4 == less.search.run_off
+    times = (3 * 256 + (2 + 4) * 1280) / ((3 + 4) * 256)
+    assert plan.flops["rungs"] / less.flops["rungs"] == pytest.approx(times)
+    alone = make_plan(make_study(folder, *RUNGS, "search.rungs.seeds=1"))
+    assert alone.search.run_off == 0
+    assert plan.flops["rungs"] / alone.flops["rungs"] == pytest.approx(
+        (3 * 256 + 6 * 1280) / (3 * 256 + 2 * 1280)
+    )
     assert "rungs" not in make_plan(make_study(folder)).flops

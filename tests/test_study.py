@@ -20,8 +20,7 @@ from mohawk_nas.errors import ConfigError, RegistryError, RunError, TrainingErro
 from mohawk_nas.layout import ATTENTION
 from mohawk_nas.registry import load_plugin
 from mohawk_nas.reporting import Silent
-from mohawk_nas.search.result import compare, compare_blocks
-from mohawk_nas.search.scoring import Score
+from mohawk_nas.search.scoring import Score, compare, compare_blocks
 from mohawk_nas.search.strategy import STRATEGIES, build_strategy
 from mohawk_nas.search.study import check_search, load_result, plan_search, run_study, trial_seed
 

@@ -38,8 +38,8 @@ from mohawk_nas.reporting.text import (
     rival_rows,
     rivals_reading,
 )
-from mohawk_nas.search.result import Placement, StudyResult, compare_blocks
-from mohawk_nas.search.scoring import Score
+from mohawk_nas.search.result import Placement, StudyResult
+from mohawk_nas.search.scoring import Score, compare_blocks
 from mohawk_nas.search.space import space_names
 from mohawk_nas.search.strategy import SHORT_NAMES, STRATEGIES, strategy_names
 
@@ -118,6 +118,11 @@ def show_plan(config: StudyConfig, plan: Plan, *, rung_memory: Mapping[str, int]
         table.add_row(
             f"  rung of {tokens:,} tokens",
             f"at most {count:,} layouts are distilled, {count * tokens:,} tokens of stage 3",
+        )
+    if search.run_off:
+        tokens = search.run_off * max(search.rungs)
+        table.add_row(
+            "  those left tied", f"at most {search.run_off:,} times again, {tokens:,} tokens"
         )
     for stage, tokens in plan.distill_tokens.items():
         if tokens:

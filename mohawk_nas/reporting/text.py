@@ -8,7 +8,8 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from mohawk_nas.layout import Layout
-from mohawk_nas.search.result import Comparison, Placement, StudyResult
+from mohawk_nas.search.result import Placement, StudyResult
+from mohawk_nas.search.scoring import Comparison
 from mohawk_nas.search.statistics import Interval
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ def rung_counts(result: StudyResult) -> str:
         + ("" if rung.complete else f" ({len(rung.scores):,} of these are distilled so far)")
         for rung in result.rungs
     ]
+    # Only the last rung has any.
+    for standing in (standing for rung in result.rungs for standing in rung.run_off):
+        steps.append(f"{len(standing)} that were tied with the best with one more seed")
+    if any(rung.run_off and rung.left for rung in result.rungs):
+        steps[-1] += " (not done yet)"
     climbed = ", then ".join(steps)
     scores = [score for rung in result.rungs for score in rung.scores.values()]
     tokens, seconds = sum(s.tokens for s in scores), math.fsum(s.seconds for s in scores)
@@ -84,7 +90,9 @@ def rung_table(result: StudyResult) -> tuple[list[str], dict[Layout, list[str]]]
     recall = any("recall" in s.per_block for rung in result.rungs for s in rung.scores.values())
     columns = [f"{value_name(result)} undistilled\n(search text)"]
     columns += [f"KL at {rung.tokens:,}\n(validation text)" for rung in result.rungs]
-    columns += [*(["recall lost"] if recall else []), "tokens", "seconds"]
+    run_off = any(rung.run_off for rung in result.rungs)
+    columns += [*(["recall lost"] if recall else []), *(["seeds"] if run_off else [])]
+    columns += ["tokens", "seconds"]
     rows: dict[Layout, list[str]] = {}
     for layout in dict.fromkeys(x for rung in reversed(result.rungs) for x in rung.ranking):
         found = [rung.scores.get(layout) for rung in result.rungs]
@@ -93,6 +101,7 @@ def rung_table(result: StudyResult) -> tuple[list[str], dict[Layout, list[str]]]
             f"{result.by_layout[layout].value:.4f}",
             *(f"{score.mean('kl'):.4f}" if score else "-" for score in found),
             *([f"{scores[-1].mean('recall'):.4f}"] if recall else []),
+            *([str(max(rung.num_seeds(layout) for rung in result.rungs))] if run_off else []),
             f"{sum(score.tokens for score in scores):,}",
             f"{math.fsum(score.seconds for score in scores):,.1f}",
         ]
@@ -105,9 +114,11 @@ def verdict(result: StudyResult) -> list[str]:
     figure = f"{value_name(result)} {best.value:.4f}"
     if top := result.top_rung:
         name = next(iter(top.weights)) if len(top.weights) == 1 else "value"
+        count = top.num_seeds(best.layout)
+        seeds = f"mean of {count} seeds; " if count > 1 else ""
         figure = (
             f"{name} {top.value(best.layout):.4f} after {top.tokens:,} tokens of stage 3 "
-            f"({figure} undistilled)"
+            f"({seeds}{figure} undistilled)"
         )
     lines = [f"Best: attention in layers {named(result, best.layout)}, {figure}."]
     worse = _spoilt(result)

@@ -97,8 +97,8 @@ class Ledger:
         """Layouts that others are scoring as trials -> the trials' numbers."""
         self.probing: dict[Layout, int] = {}
         """The same for probes."""
-        self.distilling: set[tuple[Layout, int]] = set()
-        """(layout, tokens) that others are distilling."""
+        self.distilling: set[tuple[Layout, int, int]] = set()
+        """(layout, tokens, seed) that others are distilling."""
         self.num_distilled = 0
         """Distillations that are complete."""
         self._trial_numbers: list[int] = []
@@ -198,12 +198,10 @@ class Ledger:
             score=lambda: score(layout),
         )
 
-    def rung_scores(self, recipe: Mapping[str, Any]) -> dict[tuple[Layout, int], Score]:
-        """(layout, tokens) -> score, of what was distilled by a recipe."""
+    def rung_scores(self, recipe: Mapping[str, Any]) -> dict[tuple[Layout, int, int], Score]:
+        """(layout, tokens, seed) -> score, of what was distilled by a recipe."""
         return {
-            (self._layout(frozen), frozen.user_attrs["rung"]): Score.from_dict(
-                frozen.user_attrs["score"]
-            )
+            self._distillation(frozen): Score.from_dict(frozen.user_attrs["score"])
             for frozen in self._rungs()
             if frozen.state == TrialState.COMPLETE and frozen.user_attrs["recipe"] == recipe
         }
@@ -211,9 +209,10 @@ class Ledger:
     def run_rung(
         self,
         layouts: Sequence[Layout],
-        distil: Callable[[Sequence[Layout], int], Sequence[Score]],
+        distil: Callable[[Sequence[Layout], int, int], Sequence[Score]],
         *,
         tokens: int,
+        seed: int,
         recipe: Mapping[str, Any],
         value: Callable[[Score], float],
     ) -> None:
@@ -223,8 +222,9 @@ class Ledger:
 
         Args:
             layouts: What to distil.
-            distil: Given layouts and tokens, gives a score each.
+            distil: Given layouts, tokens and seed, gives a score each.
             tokens: The rung's.
+            seed: Counted from 0, see :class:`~mohawk_nas.search.rungs.Distiller`.
             recipe: As of :meth:`rung_scores`.
             value: Of a score, for the Optuna trial.
         """
@@ -237,6 +237,7 @@ class Ledger:
                         "layout": layout.strip(self._space.symbols),
                         "attention_layers": list(layout.attention_layers),
                         "rung": tokens,
+                        "seed": seed,
                         "recipe": dict(recipe),
                         **leases.attrs(),
                     }
@@ -246,9 +247,9 @@ class Ledger:
                     beats.enter_context(leases.beating(begun[layout]))
                 for layout in layouts:
                     number = storage.get_trial_number_from_id(begun[layout])
-                    if self._is_taken(layout, tokens, recipe, number):
+                    if self._is_taken((layout, tokens, seed), recipe, number):
                         self._fail(begun.pop(layout), "same layout as an earlier distillation")
-                scores = distil(list(begun), tokens) if begun else []
+                scores = distil(list(begun), tokens, seed) if begun else []
             except BaseException as e:
                 for trial_id in begun.values():
                     self._fail(trial_id, f"interrupted: {type(e).__name__}: {e}".rstrip(": "))
@@ -387,14 +388,18 @@ class Ledger:
             return []
         return self._storage.get_all_trials(self._rung_study, deepcopy=False)
 
+    def _distillation(self, frozen: FrozenTrial) -> tuple[Layout, int, int]:
+        """Layout, tokens and seed."""
+        attrs = frozen.user_attrs
+        # Studies from before there were several seeds name none.
+        return self._layout(frozen), attrs["rung"], attrs.get("seed", 0)
+
     def _is_taken(
-        self, layout: Layout, tokens: int, recipe: Mapping[str, Any], number: int
+        self, wanted: tuple[Layout, int, int], recipe: Mapping[str, Any], number: int
     ) -> bool:
-        """Whether others have distilled the layout or began to before trial ``number``."""
-        wanted = (layout, tokens, recipe)
+        """Whether others have made this distillation or began to before trial ``number``."""
         for frozen in self._rungs():
-            attrs = frozen.user_attrs
-            same = (self._layout(frozen), attrs["rung"], attrs["recipe"]) == wanted
+            same = self._distillation(frozen) == wanted and frozen.user_attrs["recipe"] == recipe
             done = frozen.state == TrialState.COMPLETE
             running = frozen.state == TrialState.RUNNING and frozen.number < number
             if same and (done or running):
@@ -402,7 +407,7 @@ class Ledger:
         return False
 
     def _read_rungs(self) -> None:
-        study, frozens, running = self._rung_study, self._rungs(), set[tuple[Layout, int]]()
+        study, frozens, running = self._rung_study, self._rungs(), set[tuple[Layout, int, int]]()
         for frozen in frozens:
             if frozen.state == TrialState.RUNNING and self._begin:
                 assert study is not None
@@ -412,7 +417,7 @@ class Ledger:
                         "its worker stopped",
                     )
                 elif not self._leases.is_mine(frozen):
-                    running.add((self._layout(frozen), frozen.user_attrs["rung"]))
+                    running.add(self._distillation(frozen))
         self.distilling = running
         self.num_distilled = sum(frozen.state == TrialState.COMPLETE for frozen in frozens)
 

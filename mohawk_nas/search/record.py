@@ -130,6 +130,7 @@ def study_rungs(config: StudyConfig, ledger: Ledger, recipe: Mapping[str, Any]) 
         found=ledger.rung_scores(recipe),
         # Some name several layouts, such as every phase of uniform spacing.
         named={x for named in baselines for x in [y for y in layouts if y in named][:1]},
+        seeds=search.rungs.seeds,
     )
 
 

@@ -1,16 +1,13 @@
 """What a study found, and how far it can be told from noise.
 
-Two layouts are compared block by block over the same text: the differences within a block spread
-far less than the blocks do. A layout counts as tied with another if the mean difference is at most
-two standard errors of that mean. The best layout was chosen on the same blocks, so its lead is
-flattered a little; the set of tied layouts is the honest answer of a search.
+The best layout was chosen on the blocks that it is compared on, so its lead is flattered a little;
+the set of tied layouts is the honest answer of a search.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,11 +18,10 @@ from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.pareto import dominates, hypervolumes, pareto_ranks
 from mohawk_nas.search.rungs import Rung
-from mohawk_nas.search.scoring import Score
+from mohawk_nas.search.scoring import Comparison, Score, compare
 from mohawk_nas.search.space import SearchSpace
 
 __all__ = [
-    "Comparison",
     "LayerWorth",
     "LearningCost",
     "Placement",
@@ -33,12 +29,7 @@ __all__ = [
     "ProbeCost",
     "StudyResult",
     "Trial",
-    "compare",
-    "compare_blocks",
 ]
-
-TIED_WITHIN = 2.0
-"""Standard errors of the paired mean difference."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,21 +72,6 @@ class LearningCost:
 
     tokens: int
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """A layout against another over the same blocks."""
-
-    difference: float
-    """Mean over the blocks; above 0 means worse than the other."""
-    standard_error: float
-    """Of that mean; infinite with a single block, which tells nothing apart."""
-
-    @property
-    def tied(self) -> bool:
-        """Whether the difference may be noise."""
-        return abs(self.difference) <= TIED_WITHIN * self.standard_error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,24 +254,6 @@ class StudyResult:
                 if dominates(self.figures(trial.score), self.figures(score))
             ),
         )
-
-
-def compare(one: Score, other: Score, weights: Mapping[str, float]) -> Comparison:
-    """Paired comparison of two scores over the same blocks."""
-    values = one.value(weights), other.value(weights)
-    if not all(map(math.isfinite, values)):
-        difference = 0.0 if values[0] == values[1] else values[0] - values[1]
-        return Comparison(difference=difference, standard_error=0.0)
-    return compare_blocks(one.blocks(weights), other.blocks(weights))
-
-
-def compare_blocks(one: Sequence[float], other: Sequence[float]) -> Comparison:
-    """Paired comparison of one figure a block."""
-    differences = [a - b for a, b in zip(one, other, strict=True)]
-    error = math.inf
-    if len(differences) > 1:
-        error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return Comparison(difference=statistics.fmean(differences), standard_error=error)
 
 
 def _fit(space: SearchSpace, trials: tuple[Trial, ...]) -> tuple[dict[int, float], float] | None:

@@ -6,6 +6,10 @@ baseline the best layout climbs to the first rung in any case: rankings name lay
 better than they score (studies/ground_truth). Every rung starts again from the bank, and its
 students are measured on the validation split.
 
+The last rung chooses, and one distillation of good layouts differs from the next by as much as they
+do: those that it leaves tied with the best are distilled once more with another seed, as long as
+some are and there are seeds. A layout's figures are then means over its seeds.
+
 Who climbs is a function of the scores, so it is kept nowhere: whoever has the scores finds the same
 layouts again, after a kill or beside other workers.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -25,7 +29,7 @@ from mohawk_nas.config import LogitsConfig, read_options, recipe_of
 from mohawk_nas.errors import ConfigError, did_you_mean
 from mohawk_nas.layout import Layout
 from mohawk_nas.recall import notation_of
-from mohawk_nas.search.scoring import Score
+from mohawk_nas.search.scoring import Score, compare
 from mohawk_nas.search.statistics import Values
 
 __all__ = [
@@ -37,6 +41,7 @@ __all__ = [
     "Wilcoxon",
     "build_pruner",
     "climb",
+    "most_in_run_off",
     "rung_recipe",
     "rung_weights",
 ]
@@ -49,9 +54,10 @@ class Distiller(Protocol):
     def at_once(self) -> int:
         """Layouts that are best distilled side by side here."""
 
-    def __call__(self, layouts: Sequence[Layout], tokens: int) -> list[Score]:
+    def __call__(self, layouts: Sequence[Layout], tokens: int, seed: int) -> list[Score]:
         """Scores of some layouts, each distilled from the bank on so many tokens.
 
+        ``seed`` counts the seeds of stage 3 from 0; which ones they are is the distiller's affair.
         A score holds ``kl`` of each block of the validation split, ``recall`` (the lost share of
         the teacher's) if the teacher solves that split's probe, the tokens trained on, and the
         seconds it took.
@@ -168,20 +174,34 @@ class Rung:
     climbers: tuple[Layout, ...]
     """Best first by the figures of the rung below."""
     scores: Mapping[Layout, Score]
-    """Of those that have been distilled."""
+    """Of those that have been distilled; means over their seeds."""
     weights: Mapping[str, float]
     """What the layouts are compared by: ``kl``, ``recall`` -> weight."""
+    left: tuple[Layout, ...] = ()
+    """Those still to be distilled, with seed ``len(run_off)``."""
+    run_off: tuple[tuple[Layout, ...], ...] = ()
+    """Of each further seed those that the seeds before left tied with the best. Of the last one no
+    score counts as long as some are left."""
 
     @property
     def complete(self) -> bool:
-        """Whether all who climbed have been distilled."""
+        """Whether all who climbed have been distilled, with one seed at least."""
         return len(self.scores) == len(self.climbers)
 
     @cached_property
     def ranking(self) -> tuple[Layout, ...]:
-        """Layouts with a score, best first; of two equal ones the better of the rung below."""
+        """Layouts with a score, best first; of two equal ones the better of the rung below.
+
+        Those with more seeds are ahead: the others' single distillations were told from the best
+        before, and may have been lucky.
+        """
         scored = [layout for layout in self.climbers if layout in self.scores]
-        return tuple(sorted(scored, key=self.value))
+        return tuple(sorted(scored, key=lambda x: (-self.num_seeds(x), self.value(x))))
+
+    def num_seeds(self, layout: Layout) -> int:
+        """Distillations behind a layout's score."""
+        over = self.run_off[:-1] if self.left else self.run_off
+        return 1 + sum(layout in standing for standing in over)
 
     def value(self, layout: Layout) -> float:
         """A layout's figure at this rung; lower is better."""
@@ -194,8 +214,9 @@ def climb(
     weights: Mapping[str, float],
     tokens: Sequence[int],
     pruner: Pruner,
-    found: Mapping[tuple[Layout, int], Score],
+    found: Mapping[tuple[Layout, int, int], Score],
     named: Collection[Layout] = (),
+    seeds: int = 1,
 ) -> tuple[Rung, ...]:
     """Who climbs how far, as far as the scores tell.
 
@@ -204,8 +225,9 @@ def climb(
         weights: The study's objective.
         tokens: Of each rung, the lowest first.
         pruner: Decides.
-        found: (layout, tokens) -> score.
+        found: (layout, tokens, seed) -> score.
         named: Those that climb to the first rung in any case.
+        seeds: Of those that the last rung leaves tied, at most.
 
     Returns:
         The rungs, the lowest first. The last one may be incomplete: nobody climbs beyond it yet.
@@ -220,14 +242,48 @@ def climb(
             for place, (layout, _) in enumerate(standing)
             if place in chosen or (layout in named and not rungs)
         )
-        scores = {x: found[x, budget] for x in climbers if (x, budget) in found}
+        scores = {x: found[x, budget, 0] for x in climbers if (x, budget, 0) in found}
         weights = rung_weights(weights, scores.values())
-        rung = Rung(tokens=budget, climbers=climbers, scores=scores, weights=weights)
+        left = tuple(x for x in climbers if x not in scores)
+        rung = Rung(tokens=budget, climbers=climbers, scores=scores, weights=weights, left=left)
         rungs.append(rung)
         if not rung.complete:
-            break
+            return tuple(rungs)
         standing = [(layout, scores[layout]) for layout in rung.ranking]
+    if rungs:
+        rungs[-1] = _run_off(rungs[-1], found, seeds)
     return tuple(rungs)
+
+
+def _run_off(rung: Rung, found: Mapping[tuple[Layout, int, int], Score], seeds: int) -> Rung:
+    """The rung, with what is known of further seeds of those that are tied with the best."""
+    scores, standing = dict(rung.scores), list(rung.ranking)
+    run_off: list[tuple[Layout, ...]] = []
+    left: tuple[Layout, ...] = ()
+    for seed in range(1, seeds):
+        best = scores[standing[0]]
+        tied = [x for x in standing if compare(scores[x], best, rung.weights).tied]
+        # However little a short text tells apart, a seed costs no more than half of the rung.
+        tied = tied[: _most_tied(len(rung.climbers))]
+        if len(tied) == 1:
+            break
+        run_off.append(tuple(tied))
+        if left := tuple(x for x in tied if (x, rung.tokens, seed) not in found):
+            break
+        for layout in tied:
+            several = [found[layout, rung.tokens, number] for number in range(seed + 1)]
+            scores[layout] = Score.mean_of(several)
+        standing = sorted(tied, key=lambda layout: scores[layout].value(rung.weights))
+    return replace(rung, scores=scores, run_off=tuple(run_off), left=left)
+
+
+def _most_tied(climbers: int) -> int:
+    return max(2, climbers // 2)
+
+
+def most_in_run_off(climbers: int, seeds: int) -> int:
+    """Distillations with further seeds, at most, after a last rung of so many layouts."""
+    return (seeds - 1) * _most_tied(climbers) if climbers > 1 else 0
 
 
 def rung_weights(weights: Mapping[str, float], scores: Iterable[Score]) -> dict[str, float]:

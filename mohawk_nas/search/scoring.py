@@ -1,15 +1,24 @@
-"""What the search asks of whoever scores layouts."""
+"""What the search asks of whoever scores layouts, and how two scores compare.
+
+Two layouts are compared block by block over the same text: the differences within a block spread
+far less than the blocks do. A layout counts as tied with another if the mean difference is at most
+two standard errors of that mean.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mohawk_nas.layout import Layout
 
-__all__ = ["Learnt", "Score", "Scorer"]
+__all__ = ["Comparison", "Learnt", "Score", "Scorer", "compare", "compare_blocks"]
+
+TIED_WITHIN = 2.0
+"""Standard errors of the paired mean difference."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +50,19 @@ class Score:
         columns = [[weight * x for x in self.per_block[name]] for name, weight in weights.items()]
         return tuple(math.fsum(row) for row in zip(*columns, strict=True))
 
+    @classmethod
+    def mean_of(cls, scores: Sequence[Score]) -> Score:
+        """Of one layout on the same blocks: the mean in each block, and what all of them took."""
+        per_block = {}
+        for name in scores[0].per_block:
+            rows = zip(*(score.per_block[name] for score in scores), strict=True)
+            per_block[name] = tuple(math.fsum(row) / len(row) for row in rows)
+        return cls(
+            per_block=per_block,
+            tokens=sum(score.tokens for score in scores),
+            seconds=math.fsum(score.seconds for score in scores),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, which :meth:`from_dict` reads back unchanged."""
         return {
@@ -58,6 +80,21 @@ class Score:
             tokens=data["tokens"],
             seconds=data["seconds"],
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """A layout against another over the same blocks."""
+
+    difference: float
+    """Mean over the blocks; above 0 means worse than the other."""
+    standard_error: float
+    """Of that mean; infinite with a single block, which tells nothing apart."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether the difference may be noise."""
+        return abs(self.difference) <= TIED_WITHIN * self.standard_error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,3 +136,21 @@ class Scorer(Protocol):
 
         Attention has none. The scorer keeps the result: selectors ask again and again.
         """
+
+
+def compare(one: Score, other: Score, weights: Mapping[str, float]) -> Comparison:
+    """Paired comparison of two scores over the same blocks."""
+    values = one.value(weights), other.value(weights)
+    if not all(map(math.isfinite, values)):
+        difference = 0.0 if values[0] == values[1] else values[0] - values[1]
+        return Comparison(difference=difference, standard_error=0.0)
+    return compare_blocks(one.blocks(weights), other.blocks(weights))
+
+
+def compare_blocks(one: Sequence[float], other: Sequence[float]) -> Comparison:
+    """Paired comparison of one figure a block."""
+    differences = [a - b for a, b in zip(one, other, strict=True)]
+    error = math.inf
+    if len(differences) > 1:
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return Comparison(difference=statistics.fmean(differences), standard_error=error)

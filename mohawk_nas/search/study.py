@@ -36,7 +36,14 @@ from mohawk_nas.search.record import (
     study_rungs,
 )
 from mohawk_nas.search.result import StudyResult
-from mohawk_nas.search.rungs import Distiller, build_pruner, rung_recipe, rung_weights
+from mohawk_nas.search.rungs import (
+    Distiller,
+    Rung,
+    build_pruner,
+    most_in_run_off,
+    rung_recipe,
+    rung_weights,
+)
 from mohawk_nas.search.scoring import Learnt, Score, Scorer
 from mohawk_nas.search.space import SearchSpace
 from mohawk_nas.search.storages import check_storage
@@ -80,6 +87,8 @@ class SearchPlan:
     """Whether the optimum is computed, so that only it and the baselines are scored."""
     rungs: Mapping[int, int]
     """Stage-3 tokens of a rung -> layouts that climb to it at most."""
+    run_off: int
+    """Distillations with further seeds, at most, of those that the last rung leaves tied."""
     learning: Mapping[str, int]
     """Selector -> tokens it learns from, for those that learn."""
 
@@ -177,6 +186,7 @@ def plan_search(config: SearchConfig, space: SearchSpace, budget: Budget) -> Sea
         exhaustive=possible <= config.trials and not solved,
         solved=solved,
         rungs=rungs,
+        run_off=most_in_run_off(climbers, config.rungs.seeds) if rungs else 0,
         learning={label: tokens for label, tokens in learning.items() if tokens},
     )
 
@@ -341,7 +351,7 @@ class _Study:
     def run_rungs(self, distiller: Distiller) -> None:
         """Distil layouts, rung by rung, until nobody is left to climb."""
         recipe = rung_recipe(short_recipe(self._config, 0), self._config.search.objective)
-        told = 0
+        told = (0, 0)
         if not all(trial.layout.replaced_layers for trial in self._ledger.trials):
             self._reporter.say(
                 "the layout that keeps attention in every layer is left out of the rungs: it is "
@@ -355,17 +365,14 @@ class _Study:
                 self._reporter.say("every layer keeps attention: there is nothing to distil")
                 return
             rung = rungs[-1]
-            if rung.complete:
+            if not rung.left:
                 return
-            if rung.tokens > told:
-                told = rung.tokens
-                count = len(rung.climbers)
-                self._reporter.say(
-                    f"{count} layout{' is' if count == 1 else 's are'} distilled on {told:,} "
-                    f"tokens; {len(rung.scores)} done"
-                )
-            left = [x for x in rung.climbers if x not in rung.scores]
-            free = [x for x in left if (x, rung.tokens) not in self._ledger.distilling]
+            seed = len(rung.run_off)
+            if (rung.tokens, seed) > told:
+                told = rung.tokens, seed
+                self._reporter.say(_begins(rung))
+            taken = self._ledger.distilling
+            free = [x for x in rung.left if (x, rung.tokens, seed) not in taken]
             if not free:
                 # One of those at it may stop, and its layouts are free again.
                 time.sleep(self._pace.look_every)
@@ -376,7 +383,12 @@ class _Study:
                 # Side by side they share the teacher's work, but one alone keeps more workers busy.
                 group = [self._chance.choice(free) if self._ledger.distilling else free[0]]
             self._ledger.run_rung(
-                group, distiller, tokens=rung.tokens, recipe=recipe, value=self._rung_value
+                group,
+                distiller,
+                tokens=rung.tokens,
+                seed=seed,
+                recipe=recipe,
+                value=self._rung_value,
             )
 
     def _rung_value(self, score: Score) -> float:
@@ -517,6 +529,19 @@ class _Study:
 
     def _salt(self) -> str:
         return self._worker.salt(alone=not self._ledger.pending and not self._ledger.probing)
+
+
+def _begins(rung: Rung) -> str:
+    """What is distilled next, for people."""
+    standing = rung.run_off[-1] if rung.run_off else rung.climbers
+    count, done = len(standing), len(standing) - len(rung.left)
+    if rung.run_off:
+        return (
+            f"{count} layouts are tied after {rung.tokens:,} tokens and distilled with another "
+            f"seed; {done} done"
+        )
+    are = " is" if count == 1 else "s are"
+    return f"{count} layout{are} distilled on {rung.tokens:,} tokens; {done} done"
 
 
 def _looks_like_layout(text: str) -> bool:
