@@ -345,6 +345,18 @@ class Workbench:
         del memory["teacher's weights"]
         return students_at_once(self.teacher.device, sum(memory.values()))
 
+    def validate(self, student: Any) -> dict[str, tuple[float, ...]]:
+        """What rungs compare students by, in each block of the validation split.
+
+        ``kl``, and ``recall``, the lost share of the teacher's, if it solves that split's probe.
+        """
+        blocks = self.blocks["validation"]
+        figures = {"kl": evaluate_blocks(self.teacher, student, blocks).kl}
+        if (probe := self.probe("validation")) is not None:
+            right = probe.by_block(recall.answers(student, probe), len(blocks))
+            figures["recall"] = tuple((1 - right / probe.teacher_recall).tolist())
+        return figures
+
     def distiller(self, scorer: BankScorer) -> Distiller:
         """Distils layouts for the rungs; what the scorer keeps in memory is let go for them."""
         return _Distiller(self, scorer)
@@ -382,7 +394,7 @@ class _Distiller:
             config=config,
             # An audit's seeds, which count from 0, must be others.
             seed=trial_seed(first, seed, "run-off") if seed else first,
-            measure=self._measure,
+            measure=bench.validate,
             reporter=bench.reporter,
         )
         seconds = (time.perf_counter() - began) / len(layouts)
@@ -390,11 +402,3 @@ class _Distiller:
         steps = num_steps(config, block_size) // config.accumulate
         trained = steps * config.accumulate * config.batch_size * block_size
         return [Score(per_block=found, tokens=trained, seconds=seconds) for found in figures]
-
-    def _measure(self, student: Any) -> dict[str, tuple[float, ...]]:
-        blocks = self.bench.blocks["validation"]
-        figures = {"kl": evaluate_blocks(self.bench.teacher, student, blocks).kl}
-        if (probe := self.bench.probe("validation")) is not None:
-            right = probe.by_block(recall.answers(student, probe), len(blocks))
-            figures["recall"] = tuple((1 - right / probe.teacher_recall).tolist())
-        return figures

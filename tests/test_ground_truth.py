@@ -75,6 +75,11 @@ def test_a_table_is_made_and_continued(table, study, tmp_path, monkeypatch, caps
     assert all(row["chosen_as"] for row in distilled)
     assert any("uniform/0" in row["chosen_as"] for row in distilled)
     assert all(math.isclose(sum(r["kl_blocks"]) / 8, r["kl"], abs_tol=1e-4) for r in distilled)
+    seen = [row["validation"] for row in distilled]
+    assert all(math.isclose(sum(r["kl_blocks"]) / 8, r["kl"], abs_tol=1e-4) for r in seen)
+    assert [r["kl_blocks"] for r in seen] != [r["kl_blocks"] for r in distilled]
+    # All of them being scored, so are those that keep fewer layers.
+    assert {row["layout"] for row in rows if row["kind"] == "probe"} >= {"0", "1", "2", "3"}
     # A second seed of two of them, and nothing else again.
     assert table.main([str(path), *options, "--seeds", "0,1", "--seeds-of", "2"]) == 0
     more = rows_of(out)
@@ -335,15 +340,57 @@ def test_a_finalist_is_picked_by_what_the_objective_weighs(table, study, tmp_pat
         if row["kind"] == "distilled":
             names.append(row["layout"])
             row["validation"] = {"kl": next(kls), "recall": next(shares)}
+        elif row["kind"] == "zero_shot":
+            row["recall"] = 0.5
     out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     found = regret.GroundTruth.read(out)
-    assert found.pick_of(names, {"kl": 1.0}) == names[0]
-    assert found.pick_of(names, {"stage2_local": 1.0}) == names[0]
-    assert found.pick_of(names, {"recall": 1.0}) == names[2]
+    assert found.pick_of(names, {"kl": 1.0}, seeds=1) == names[0]
+    assert found.pick_of(names, {"stage2_local": 1.0}, seeds=1) == names[0]
+    assert found.pick_of(names, {"recall": 1.0}, seeds=1) == names[2]
     # 0.1 of KL for half of the teacher's recall, twice.
-    assert found.pick_of(names, {"kl": 1.0, "recall": 0.19}) == names[0]
-    assert found.pick_of(names, {"kl": 1.0, "recall": 0.21}) == names[2]
+    assert found.pick_of(names, {"kl": 1.0, "recall": 0.19}, seeds=1) == names[0]
+    assert found.pick_of(names, {"kl": 1.0, "recall": 0.21}, seeds=1) == names[2]
     assert found.pick_of([*names, "8,9"], {"kl": 1.0}) == "8,9"
+
+
+def test_tied_finalists_are_picked_by_further_seeds(table, study, tmp_path):
+    regret = load("regret")
+    path, _ = study
+    out = tmp_path / "tiny.jsonl"
+    assert table.main([str(path), "--out", str(out), "--distil", "6", "--tokens", "64"]) == 0
+    rows = rows_of(out)
+    names = [row["layout"] for row in rows if row["kind"] == "distilled"]
+    noise = np.random.default_rng(0).normal(size=(6, 8))
+    noise -= noise.mean(axis=1, keepdims=True)
+
+    def seen(mean, number, lost=0.0):
+        blocks = (mean + 0.2 * noise[number]).tolist()
+        return {"kl": mean, "recall": 0.8, "kl_blocks": blocks, "recall_blocks": [lost] * 8}
+
+    def picks(first, second, weights, seeds, blocks=True):
+        """What is picked, by the means of two seeds: of the second only some are known."""
+        made = [row for row in rows if row["kind"] != "distilled"]
+        for number in range(6):
+            row = next(row for row in rows if row.get("layout") == names[number] and "seed" in row)
+            for seed, means in enumerate((first, second)):
+                if means[number] is not None:
+                    found = seen(means[number], number)
+                    if not blocks:
+                        found = {"kl": means[number], "recall": None}
+                        test = (5 + 0.2 * noise[number]).tolist()
+                        row = row | {"kl_blocks": test}
+                    made.append(row | {"seed": seed, "validation": found})
+        out.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+        return regret.GroundTruth.read(out).pick_of(names, weights, seeds=seeds)
+
+    # The first two are tied and the third is told from them, whatever it comes to next.
+    first, second = (1.0, 1.05, 2.0, 3.0, 3.0, 3.0), (1.3, 1.1, 0.0, None, None, None)
+    for blocks in (True, False):
+        assert picks(first, second, {"kl": 1.0}, 1, blocks) == names[0]
+        assert picks(first, second, {"kl": 1.0}, 2, blocks) == names[1]
+    # Of one without a second seed, the first stands for it.
+    assert picks(first, (1.3, None, *second[2:]), {"kl": 1.0}, 2) == names[1]
+    assert picks(first, (0.9, None, *second[2:]), {"kl": 1.0}, 2) == names[0]
 
 
 def test_recall_has_an_interval_where_its_sequences_are_kept(table, study, tmp_path):

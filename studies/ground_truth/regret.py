@@ -18,7 +18,9 @@ soon a strategy finds what is best by the objective.
 With `--finalists 8` the default study is judged once more with `search.rungs`: it distils the 8
 best of the layouts that it scored, 16 at least, and what its baselines name, and picks what is best
 on the validation split by KL, and by recall where the objective holds it. So does `optimum` with
-its 8 best.
+its 8 best. Those that this leaves tied are distilled again as in a study, with `--run-off` seeds at
+most; where the table lacks a layout's next seed, the mean of those that it has stands for it. Of
+tables that keep the means of the validation split alone, the test split's blocks tell the spread.
 
 Intervals are bootstrapped over the text's blocks, or the recall probe's notations, and the
 strategies' seeds. Tables of before keep the probe's sequences, whose intervals know nothing of
@@ -67,7 +69,7 @@ from mohawk_nas.layout import Layout
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.record import is_solved
 from mohawk_nas.search.result import StudyResult
-from mohawk_nas.search.rungs import build_pruner
+from mohawk_nas.search.rungs import Halving, build_pruner, climb
 from mohawk_nas.search.scoring import Learnt, Score
 from mohawk_nas.search.space import SearchSpace, load_space
 from mohawk_nas.search.strategies.gates import Gates
@@ -95,7 +97,7 @@ STRATEGIES = (
 )
 AFTER = (16, 64, 256)
 """Layouts after which a strategy's pick is taken; selectors end by themselves."""
-UNKNOWN = {"kl": -1e9, "recall": -1e9}
+UNKNOWN = -1e9
 """Of a finalist that is not distilled: it is picked, so that the pick is counted as missing."""
 GATES = ("tokens", "batch_size", "lr", "recall_weight")
 """Options of gates that decide what they learn."""
@@ -297,36 +299,63 @@ class GroundTruth:
         return [_name(layout) for layout in found]
 
     @cached_property
-    def validated(self) -> Mapping[str, Mapping[str, float]]:
-        """Layout -> what a rung sees of it: figures of one seed on the validation split."""
-        rows = sorted(self.distilled, key=lambda row: int(row["seed"]), reverse=True)
-        if any("validation" not in row for row in rows):
+    def validated(self) -> Mapping[str, Sequence[Score]]:
+        """Layout -> what a rung sees of it with each seed, on the validation split."""
+        if any("validation" not in row for row in self.distilled):
             raise DataError(
                 f"{self.name}: must have distilled layouts' figures on the validation split for "
                 "--finalists, but was made without them"
             )
-        found = {}
-        for row in rows:
-            kl, share = row["validation"]["kl"], row["validation"]["recall"]
-            lost = 0.0 if share is None else 1 - share / self.teacher_recall["validation"]
-            found[row["layout"]] = {"kl": kl, "recall": lost}
+        found: dict[str, list[Score]] = {}
+        for row in sorted(self.distilled, key=lambda row: int(row["seed"])):
+            per_block = _validation_blocks(row, self.teacher_recall.get("validation", 1.0))
+            score = Score(per_block=per_block, tokens=row["tokens"], seconds=0.0)
+            found.setdefault(row["layout"], []).append(score)
         return found
 
-    def pick_of(self, finalists: Sequence[str], objective: Mapping[str, float]) -> str:
-        """The finalist that distils best on the validation split; one that is not distilled first.
+    def pick_of(
+        self, finalists: Sequence[str], objective: Mapping[str, float], *, seeds: int
+    ) -> str:
+        """The finalist that a rung of them would choose; one that is not distilled first."""
+        layouts = [self.space.parse(name) for name in finalists]
+        distil, found = _Distilled(self), dict[tuple[Layout, int, int], Score]()
+        while True:
+            (rung,) = climb(
+                [(layout, self.score(layout)) for layout in layouts],
+                weights=objective,
+                tokens=[self.tokens],
+                pruner=Halving(),
+                found=found,
+                named=layouts,
+                seeds=seeds,
+            )
+            if not rung.left:
+                return _name(rung.ranking[0])
+            seed = len(rung.run_off)
+            scores = distil(rung.left, self.tokens, seed)
+            keys = [(layout, self.tokens, seed) for layout in rung.left]
+            found |= dict(zip(keys, scores, strict=True))
 
-        The objective's weights of KL and recall count; without either, KL.
-        """
-        weights = {name: objective.get(name, 0.0) for name in ("kl", "recall")}
-        if not any(weights.values()):
-            # As rungs do for distances to the teacher's mixers.
-            weights["kl"] = 1.0
 
-        def worth(name: str) -> float:
-            found = self.validated.get(name, UNKNOWN)
-            return sum(weight * found[part] for part, weight in weights.items())
-
-        return min(finalists, key=worth)
+def _validation_blocks(
+    row: Mapping[str, Any], teacher_recall: float
+) -> dict[str, tuple[float, ...]]:
+    """KL, and the lost share of the teacher's recall, in each block of the validation split."""
+    seen = row["validation"]
+    has_recall = seen["recall"] is not None
+    if "kl_blocks" in seen:
+        names = ("kl", "recall") if has_recall else ("kl",)
+        return {name: tuple(seen[f"{name}_blocks"]) for name in names}
+    tested = np.array(row["kl_blocks"])
+    found = {"kl": tuple((tested - tested.mean() + seen["kl"]).tolist())}
+    if has_recall:
+        shares = np.full(len(tested), seen["recall"])
+        sequences = np.array(row.get("recall_sequences", []))
+        if len(sequences) and len(sequences) % len(tested) == 0:
+            dealt = sequences.reshape(len(tested), -1).mean(1)
+            shares += dealt - dealt.mean()
+        found["recall"] = tuple((1 - shares / teacher_recall).tolist())
+    return found
 
 
 @dataclass(frozen=True)
@@ -336,10 +365,17 @@ class _Distilled:
     table: GroundTruth
     at_once: int = 1000
 
-    def __call__(self, layouts: Sequence[Layout], tokens: int) -> list[Score]:
-        found = [self.table.validated.get(_name(layout), UNKNOWN) for layout in layouts]
-        per_block = [{name: (value,) for name, value in row.items()} for row in found]
-        return [Score(per_block=row, tokens=tokens, seconds=0.0) for row in per_block]
+    def __call__(self, layouts: Sequence[Layout], tokens: int, seed: int) -> list[Score]:
+        return [self._score(_name(layout), seed) for layout in layouts]
+
+    def _score(self, name: str, seed: int) -> Score:
+        known = self.table.validated
+        if name in known:
+            several = known[name]
+            return several[seed] if seed < len(several) else Score.mean_of(several)
+        others = next(iter(known.values()))[0].per_block if known else {"kl": (0.0,)}
+        per_block = {figure: (UNKNOWN,) * len(row) for figure, row in others.items()}
+        return Score(per_block=per_block, tokens=0, seconds=0.0)
 
 
 @dataclass(frozen=True)
@@ -486,6 +522,7 @@ def default_study(
     most: int,
     run_all: Mapped,
     finalists: Sequence[int],
+    run_off: int,
     baselines: Sequence[Any] | None,
     then: Any,
 ) -> list[Picks]:
@@ -509,7 +546,7 @@ def default_study(
                 if build_pruner(pruner).limit(step) < several:
                     continue
                 # Where nothing is distilled yet any budget will do.
-                rungs = RungsConfig(tokens=[table.tokens or 1], pruner=pruner)
+                rungs = RungsConfig(tokens=[table.tokens or 1], pruner=pruner, seeds=run_off)
                 search = named | {"trials": step, "rungs": rungs}
                 again = list(run_all(partial(_run, table, objective, search), range(seeds)))
                 distilled.append(
@@ -610,6 +647,7 @@ def run(arguments: Sequence[str] | None) -> None:
     add("--workers", type=int, default=os.cpu_count(), help="processes; one a core")
     add("--undistilled", action="store_true", help="judge by the score itself")
     add("--finalists", type=int, nargs="*", default=[], help="distilled before a pick, e.g. 4 8")
+    add("--run-off", type=int, default=RungsConfig.seeds, help="most seeds of tied finalists")
     add("--most", type=int, default=max(AFTER), help="most layouts a strategy scores")
     add("--missing", type=Path, help="file for picks that are not distilled; of one table")
     add("--out", type=Path, help="regret.json beside the first table")
@@ -678,7 +716,7 @@ def replay_all(
     runs = [Picks("optimum", size, table.best(objective, 1))]
     for count in options.finalists:
         best = table.best(objective, count)
-        pick = table.pick_of(best, objective)
+        pick = table.pick_of(best, objective, seeds=options.run_off)
         runs.append(Picks(f"optimum, rung of {count}", size, [pick], best))
     how = {"seeds": options.seeds, "most": options.most, "run_all": run_all}
     named = options.baselines and list(map(yaml.safe_load, options.baselines))
@@ -686,6 +724,7 @@ def replay_all(
         table,
         objective,
         finalists=options.finalists,
+        run_off=options.run_off,
         baselines=named,
         then=options.then,
         **how,

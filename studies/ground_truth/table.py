@@ -4,14 +4,16 @@
 
 The study names teacher, text, space, budget, bank and, as `distill.logits`, the recipe of stage 3.
 The bank is trained if it is not there. Then every layout on the budget (or `--zero-shot` of them,
-drawn at random) is scored by every objective on the search split, and some are distilled with each
+drawn at random) is scored by every objective on the search split. So are, where all of them are,
+those that keep fewer layers: selectors that add one after the other look at some of them, by
+whatever they are led. Some are distilled with each
 of `--tokens` and each of `--seeds` and measured: what the selectors pick by KL,
 the best by each objective, the best one's neighbours by one swap, and layouts from each tenth of
 the KL's range. Another bank is another seed of the study: `seed=1` on the command line.
 
 The table is a file of JSON lines, written as it is made; the same command goes on where it was
 stopped. The first line says what it was made with; `"kind": "zero_shot"` lines hold a layout's
-objectives, `"kind": "probe"` lines those of a layout that a selector looked at off the budget,
+objectives, `"kind": "probe"` lines those of one off the budget,
 the `"kind": "picks"` line what the selectors chose, the `"kind": "stage2"` line each layer's
 stage-2 loss, `"kind": "distilled"` lines a layout's figures after so many tokens of stage 3, on the
 test split and, as a study's rungs see them, on the validation split.
@@ -58,6 +60,7 @@ from mohawk_nas.ranks import GPU_SHARERS
 from mohawk_nas.recall import notation_of
 from mohawk_nas.reporting import screen
 from mohawk_nas.runs import provenance
+from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.objectives import BankScorer
 from mohawk_nas.search.scoring import Score
 from mohawk_nas.search.strategy import SearchContext, named_baselines
@@ -228,13 +231,17 @@ def make(config: StudyConfig, args: argparse.Namespace) -> None:
         return
     layouts = all_or_some(bench, args.zero_shot)
     layouts = list(dict.fromkeys([*layouts, *named_in(args.score, bench)]))
-    known = {row["layout"] for row in table.find(kind="zero_shot", bank_seed=config.seed)}
-    mine = [x for x in layouts[args.part[0] :: args.part[1]] if name_of(x) not in known]
+    wanted = [("zero_shot", layout) for layout in layouts]
+    if args.zero_shot is None:
+        wanted += [("probe", layout) for layout in keeping_fewer(bench)]
+    rows = [r for r in table.find(bank_seed=config.seed) if r["kind"] in ("zero_shot", "probe")]
+    known = {(row["kind"], row["layout"]) for row in rows}
+    mine = [x for x in wanted[args.part[0] :: args.part[1]] if (x[0], name_of(x[1])) not in known]
     with reporter.stage("zero-shot", total=len(mine), unit="layout") as task:
-        for layout in mine:
+        for kind, layout in mine:
             if time.perf_counter() > until:
                 return
-            table.add(row_of("zero_shot", layout, scorer.score(layout), config.seed))
+            table.add(row_of(kind, layout, scorer.score(layout), config.seed))
             task.advance(1)
     if not args.distil and args.layouts is None:
         return
@@ -280,6 +287,15 @@ def all_or_some(bench: Workbench, count: int | None) -> list[Layout]:
     while len(found) < count:
         found[bench.budget.random(bench.space, rng)] = None
     return list(found)
+
+
+def keeping_fewer(bench: Workbench) -> list[Layout]:
+    """Every layout with fewer attention layers than the budget has, from one on."""
+    most = bench.config.budget.attention_layers
+    if not isinstance(most, int):
+        return []
+    counts = range(1 + bench.space.num_pinned_attention, most)
+    return [x for n in counts for x in Budget(attention_layers=n).enumerate(bench.space)]
 
 
 def row_of(kind: str, layout: Layout, score: Score, bank_seed: int) -> dict[str, Any]:
@@ -390,12 +406,12 @@ def distil(
     """Every budget and seed that a chosen layout lacks, small budgets first."""
     config, reporter = bench.config, bench.reporter
     at_once = args.at_once or bench.students_at_once(config.distill.logits)
-    on_test, on_validation = measure_on(bench, "test"), measure_on(bench, "validation")
+    on_test = measure_on(bench, "test")
 
     def measure(model: Any) -> dict[str, Any]:
         tested = on_test(model)
         blocks = [round(value, 5) for value in tested["kl_blocks"]]
-        found = means(tested) | {"kl_blocks": blocks, "validation": means(on_validation(model))}
+        found = means(tested) | {"kl_blocks": blocks, "validation": as_a_rung_sees_it(bench, model)}
         if (right := tested["recall_parts"]) is not None:
             found["recall_parts"] = [round(share, 4) for share in right]
         return found
@@ -434,8 +450,19 @@ def distil(
                     table.add(row | {"layout": name_of(layout), "chosen_as": why} | figures)
 
 
+def as_a_rung_sees_it(bench: Workbench, student: Any) -> dict[str, Any]:
+    """Figures on the validation split: means, and those of each block."""
+    found, probe = bench.validate(student), bench.probe("validation")
+    seen: dict[str, Any] = {"kl": round(statistics.fmean(found["kl"]), DIGITS), "recall": None}
+    if probe is not None:
+        share = (1 - statistics.fmean(found["recall"])) * probe.teacher_recall
+        seen["recall"] = round(share, DIGITS)
+    # Of recall what is lost of the teacher's.
+    return seen | {f"{name}_blocks": [round(x, 5) for x in found[name]] for name in found}
+
+
 def means(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a split, as the table keeps them."""
+    """Of the test split, as the table keeps them."""
     share = figures["recall"]
     return {
         "kl": round(statistics.fmean(figures["kl_blocks"]), DIGITS),
