@@ -13,7 +13,8 @@ Few tell little: students that recall nothing of 128 pairs differ on 16, and one
 notation may be at home in the next. The fewer are asked, the more the recall of two good layouts
 differs from one set of them to the next, by more than the drawing of sequences explains
 (studies/ground_truth). So there are many, the most in the splits by which the last choice is made
-and judged, and where there are enough of them intervals are over notations, not sequences.
+and judged, and where there are enough of them intervals are over notations, not sequences. Sizes
+are no chance: all splits have the same, and what tells them apart is in no interval.
 
 Over length the question is another one: how far back does a model still find what it was told? The
 same few pairs, or one fact, then stand at a distance, with prose of the test split in between. Such
@@ -68,6 +69,8 @@ NUM_QUESTIONS = 12
 NUM_SEQUENCES: Mapping[Split, int] = {"bank": 64, "search": 64, "validation": 192, "test": 192}
 FEW_NOTATIONS = 8
 """Below this number their spread is not known."""
+DEALT = "by size"
+"""How answers are dealt to blocks: scores of studies that dealt otherwise do not go with these."""
 NUM_TRIED = 8
 """Sequences on which is decided whether the teacher solves a size."""
 
@@ -134,6 +137,7 @@ TEMPLATES: Mapping[Split, Sequence[Template]] = {
 def notation_of(split: Split) -> str:
     """What a split's probes are made of, whoever answers them, as a hash."""
     made_of = (*TEMPLATES[split], NUM_PAIRS, NUM_EXAMPLES, NUM_QUESTIONS, NUM_SEQUENCES[split])
+    made_of = (*made_of, DEALT)
     return hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
 
 
@@ -206,8 +210,18 @@ class RecallProbe(Questions):
         such = "" if count == 1 else f"{count} notations such as "
         return f"{such}'{self.asked[0][0]}', {pairs} pairs"
 
+    @property
+    def fingerprint(self) -> str:
+        """What is asked and how answers are dealt, as a hash."""
+        return hashlib.sha256(f"{super().fingerprint} {DEALT}".encode()).hexdigest()[:16]
+
     def parts(self, right: Tensor) -> Tensor:
-        """What an interval of recall is over: each notation's mean of :func:`answers`, ``(S,)``.
+        """What an interval of recall is over: one figure a notation, of :func:`answers`, ``(S,)``.
+
+        A notation's mean, less what is its size's, plus the mean of all: their mean is that of the
+        notations, and they spread as notations do within a size (N of them in Z sizes by
+        N - Z degrees of freedom, which a formula for N independent figures then gets right). So one
+        may lie beyond 0 or 1.
 
         Where notations are fewer than ``FEW_NOTATIONS``, the sequences: such an interval knows
         nothing of other notations and is too narrow.
@@ -215,19 +229,40 @@ class RecallProbe(Questions):
         if len(self.asked) < FEW_NOTATIONS:
             return right
         notation = self.asked_by.to(right.device)
-        total = right.new_zeros(len(self.asked)).index_add(0, notation, right)
-        return total / notation.bincount()
+        each = _means(right, notation)
+        _, size = self._sizes.to(right.device).unique(return_inverse=True)
+        rest = each - _means(each, size)[size]
+        free = (len(each) - 1) / (len(each) - int(size.max()) - 1)
+        found: Tensor = each.mean() + rest * free**0.5
+        return found
+
+    @property
+    def _sizes(self) -> Tensor:
+        return torch.tensor([num_pairs for _, num_pairs in self.asked])
 
     def by_block(self, right: Tensor, num_blocks: int) -> Tensor:
         """:func:`answers`, ``(S,)``, dealt out to the blocks of a text that they are added to.
 
-        A block's are of one notation, or of few. Where notations are as many as blocks, what tells
-        blocks apart tells notations apart, too; where they are fewer, an error over blocks is
-        still too small. ``num_blocks`` must divide S.
+        A block's are of all sizes alike, as far as they go, and of each of one notation or of few.
+        So what tells blocks apart tells notations apart, too; where these are few, an error over
+        blocks is still too small. ``num_blocks`` must divide S.
         """
-        order = self.asked_by.argsort(stable=True).to(right.device)
+        sizes = self._sizes[self.asked_by]
+        place = torch.empty(len(sizes), dtype=torch.double)
+        for size in sizes.unique():
+            (rows,) = (sizes == size).nonzero(as_tuple=True)
+            rows = rows[self.asked_by[rows].argsort(stable=True)]
+            # From 0 to 1 through a size's sequences, one notation after the other.
+            place[rows] = (torch.arange(len(rows), dtype=torch.double) + 0.5) / len(rows)
+        order = place.argsort(stable=True).to(right.device)
         dealt: Tensor = right[order].unflatten(0, (num_blocks, -1)).mean(1)
         return dealt
+
+
+def _means(values: Tensor, group: Tensor) -> Tensor:
+    """Of each group, counted from 0."""
+    count = group.bincount()
+    return values.new_zeros(len(count)).index_add(0, group, values) / count
 
 
 @dataclass(frozen=True, kw_only=True)

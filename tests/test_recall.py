@@ -174,13 +174,24 @@ def test_a_notation_counts_as_one_answer_and_blocks_have_their_own():
     assert len(probe.asked) == recall.FEW_NOTATIONS
     # Sequences stand by their length, so a notation's are anywhere.
     assert probe.asked_by.tolist() != sorted(probe.asked_by.tolist())
-    right = probe.asked_by / 10 + torch.tensor([0.0, 1.0]).repeat(8)[probe.asked_by.argsort()]
-    of_each = [right[probe.asked_by == number].mean().item() for number in range(8)]
-    assert probe.parts(right).tolist() == pytest.approx(of_each)
-    assert probe.by_block(right, 8).tolist() == pytest.approx(of_each)
-    assert probe.by_block(right, 4).tolist() == pytest.approx(
-        [(of_each[i] + of_each[i + 1]) / 2 for i in (0, 2, 4, 6)]
-    )
+    # A sequence's place in its notation, the notation and its size.
+    twice = torch.zeros(16)
+    twice[probe.asked_by.argsort(stable=True)] = torch.tensor([0.0, 1.0]).repeat(8)
+    # As if it solved all sizes.
+    asked = [(probe.asked[i][0], recall.NUM_PAIRS[i % 4]) for i in range(8)]
+    probe, sizes = dataclasses.replace(probe, asked=asked), torch.tensor(2 * recall.NUM_PAIRS)
+    right = twice + probe.asked_by / 10 + sizes[probe.asked_by]
+    of_each = torch.tensor([right[probe.asked_by == number].mean() for number in range(8)])
+    # Of the two notations of a size the first has 0.2 less than their mean, and 4 of 7 are free.
+    parts = probe.parts(right) - of_each.mean()
+    first = torch.arange(8) < 4
+    torch.testing.assert_close(parts, torch.where(first, -0.2, 0.2) * (7 / 4) ** 0.5)
+    # A block is of all sizes: here of the first sequences of the first notation of each, and so on.
+    dealt = probe.by_block(right, 4) - sizes.float().mean()
+    firsts = [kept.nonzero().float().mean().item() / 10 for kept in (first, ~first)]
+    wanted = [part + place for part in firsts for place in (0.0, 1.0)]
+    assert dealt.tolist() == pytest.approx(wanted, abs=1e-5)
+    assert probe.by_block(right, 8).mean().item() == pytest.approx(right.mean().item())
     few = dataclasses.replace(probe, asked=probe.asked[:7])
     assert few.parts(right) is right
 
@@ -270,7 +281,7 @@ def test_rungs_tell_the_share_that_is_lost_after_distillation(bench, monkeypatch
     slow = dataclasses.replace(bench.config.distill.logits, lr=1e-8)
     distill = dataclasses.replace(bench.config.distill, logits=slow)
     monkeypatch.setattr(bench, "config", dataclasses.replace(bench.config, distill=distill))
-    (score,) = bench.distiller(scorer(bench, probe))([layout], 100)
+    (score,) = bench.distiller(scorer(bench, probe))([layout], 100, 0)
     assert score.tokens == 64, "whole steps"
     assert score.per_block["recall"] == pytest.approx(
         [1.0] * (blocks // 4) + [1 - 1 / 0.8] * (blocks - blocks // 4)
