@@ -286,8 +286,8 @@ class RungsConfig:
     Of each baseline the best layout climbs to the first rung as well."""
     seeds: int = 3
     """Of stage 3, at most, for layouts that the last rung leaves tied with the best: they are
-    distilled again until one is told from the rest, half as many as climbed at most each time. With
-    1 a single distillation decides."""
+    distilled again until one is told from the rest, each time half as many as climbed at most, or
+    two. With 1 a single distillation decides."""
     batch_size: int | None = None
     """Blocks a batch; null takes that of ``distill.logits``. A full distillation often takes steps
     of so much text that a rung would be over after a few of them."""

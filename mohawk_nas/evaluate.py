@@ -61,7 +61,7 @@ class Evaluation:
     recall: float | None
     """Share of right answers to the test split's probe, 0 to 1; None if the teacher solves none."""
     answers: tuple[float, ...] = ()
-    """The same for each part of the probe, of which it is the mean."""
+    """Of which it is the mean: see :meth:`~mohawk_nas.recall.RecallProbe.parts`."""
     lengths: tuple[Figure, ...] = ()
     """Recall over length, a figure each probe of the examination."""
     tasks: tuple[Figure, ...] = ()

@@ -309,9 +309,7 @@ def make_plan(config: StudyConfig) -> Plan:
     }
     distill, logits = config.distill, config.distill.logits
     # The student's passes alone: several share the teacher's.
-    rung_tokens = sum(tokens * count for tokens, count in plan.rungs.items())
-    rung_tokens += plan.run_off * max(plan.rungs, default=0)
-    flops["rungs"] = 3 * (forward + head) * rung_tokens
+    flops["rungs"] = 3 * (forward + head) * sum(n * count for n, count in plan.rungs.items())
     entry_params = sum(params[name] for name in entries)
     batch_tokens = max(bank.hidden.batch_size, bank.matrix.batch_size) * length
     return Plan(

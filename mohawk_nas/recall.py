@@ -14,7 +14,8 @@ notation may be at home in the next. The fewer are asked, the more the recall of
 differs from one set of them to the next, by more than the drawing of sequences explains
 (studies/ground_truth). So there are many, the most in the splits by which the last choice is made
 and judged, and where there are enough of them intervals are over notations, not sequences. Sizes
-are no chance: all splits have the same, and what tells them apart is in no interval.
+are no chance: how many notations are asked in each is taken as fixed, and what tells sizes apart is
+in no interval.
 
 Over length the question is another one: how far back does a model still find what it was told? The
 same few pairs, or one fact, then stand at a distance, with prose of the test split in between. Such
@@ -221,7 +222,7 @@ class RecallProbe(Questions):
         A notation's mean, less what is its size's, plus the mean of all: their mean is that of the
         notations, and they spread as notations do within a size (N of them in Z sizes by
         N - Z degrees of freedom, which a formula for N independent figures then gets right). So one
-        may lie beyond 0 or 1.
+        may lie beyond 0 or 1. There must be fewer sizes than notations.
 
         Where notations are fewer than ``FEW_NOTATIONS``, the sequences: such an interval knows
         nothing of other notations and is too narrow.

@@ -122,7 +122,8 @@ def show_plan(config: StudyConfig, plan: Plan, *, rung_memory: Mapping[str, int]
     if search.run_off:
         tokens = search.run_off * max(search.rungs)
         table.add_row(
-            "  those left tied", f"at most {search.run_off:,} times again, {tokens:,} tokens"
+            "  again, if tied",
+            f"at most {search.run_off:,} further distillations, {tokens:,} tokens of stage 3",
         )
     for stage, tokens in plan.distill_tokens.items():
         if tokens:

@@ -121,7 +121,7 @@ def verdict(result: StudyResult) -> list[str]:
             f"({seeds}{figure} undistilled)"
         )
     lines = [f"Best: attention in layers {named(result, best.layout)}, {figure}."]
-    worse = _spoilt(result)
+    worse = [*_overtaken(result), *_spoilt(result)]
     if not ties:
         how = "distilled as long" if result.top_rung else "scored"
         return [*lines, f"No other layout that was {how} is tied with it.", *worse]
@@ -129,6 +129,18 @@ def verdict(result: StudyResult) -> list[str]:
     rest = f" and {len(ties) - MOST_TIES} more" if len(ties) > MOST_TIES else ""
     subject = "1 other layout is" if len(ties) == 1 else f"{len(ties)} other layouts are"
     return [*lines, f"{subject} tied with it within noise: {listed}{rest}.", *worse]
+
+
+def _overtaken(result: StudyResult) -> list[str]:
+    """That layouts with fewer seeds come to less than the best one, if so."""
+    top = result.top_rung
+    if not (top and top.overtaken):
+        return []
+    listed = " | ".join(named(result, layout) for layout in top.overtaken)
+    return [
+        f"By the fewer seeds of stage 3 that these had, they come to less: {listed}. They may have "
+        "been lucky, or let go too early, which an audit can tell."
+    ]
 
 
 def _spoilt(result: StudyResult) -> list[str]:

@@ -192,11 +192,18 @@ class Rung:
     def ranking(self) -> tuple[Layout, ...]:
         """Layouts with a score, best first; of two equal ones the better of the rung below.
 
-        Those with more seeds are ahead: the others' single distillations were told from the best
-        before, and may have been lucky.
+        Those with more seeds are ahead, whatever the others' fewer ones come to: these were told
+        from the best, or stood too far behind, before the next seed.
         """
         scored = [layout for layout in self.climbers if layout in self.scores]
         return tuple(sorted(scored, key=lambda x: (-self.num_seeds(x), self.value(x))))
+
+    @property
+    def overtaken(self) -> tuple[Layout, ...]:
+        """Those whose fewer seeds come to less than the best one's: lucky, or let go too early."""
+        best = self.ranking[0]
+        fewer = (x for x in self.ranking if self.num_seeds(x) < self.num_seeds(best))
+        return tuple(x for x in fewer if self.value(x) < self.value(best))
 
     def num_seeds(self, layout: Layout) -> int:
         """Distillations behind a layout's score."""
@@ -263,7 +270,7 @@ def _run_off(rung: Rung, found: Mapping[tuple[Layout, int, int], Score], seeds: 
     for seed in range(1, seeds):
         best = scores[standing[0]]
         tied = [x for x in standing if compare(scores[x], best, rung.weights).tied]
-        # However little a short text tells apart, a seed costs no more than half of the rung.
+        # However little a short text tells apart, a seed costs at most half of the rung, or two.
         tied = tied[: _most_tied(len(rung.climbers))]
         if len(tied) == 1:
             break

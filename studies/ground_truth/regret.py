@@ -19,8 +19,10 @@ With `--finalists 8` the default study is judged once more with `search.rungs`: 
 best of the layouts that it scored, 16 at least, and what its baselines name, and picks what is best
 on the validation split by KL, and by recall where the objective holds it. So does `optimum` with
 its 8 best. Those that this leaves tied are distilled again as in a study, with `--run-off` seeds at
-most; where the table lacks a layout's next seed, the mean of those that it has stands for it. Of
-tables that keep the means of the validation split alone, the test split's blocks tell the spread.
+most; where the table lacks a layout's next seed, the mean of those that it has stands for it, and
+these layouts are counted and written to `--missing`. Of tables that keep the means of the
+validation split alone, the test split's blocks tell the spread (of recall only where they keep the
+probe's sequences).
 
 Intervals are bootstrapped over the text's blocks, or the recall probe's notations, and the
 strategies' seeds. Tables of before keep the probe's sequences, whose intervals know nothing of
@@ -69,7 +71,7 @@ from mohawk_nas.layout import Layout
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.record import is_solved
 from mohawk_nas.search.result import StudyResult
-from mohawk_nas.search.rungs import Halving, build_pruner, climb
+from mohawk_nas.search.rungs import Halving, Rung, build_pruner, climb
 from mohawk_nas.search.scoring import Learnt, Score
 from mohawk_nas.search.space import SearchSpace, load_space
 from mohawk_nas.search.strategies.gates import Gates
@@ -306,49 +308,56 @@ class GroundTruth:
                 f"{self.name}: must have distilled layouts' figures on the validation split for "
                 "--finalists, but was made without them"
             )
+        whole = all("kl_blocks" in row["validation"] for row in self.distilled)
+        blocks_of = _validation_blocks if whole else _guessed_validation_blocks
         found: dict[str, list[Score]] = {}
         for row in sorted(self.distilled, key=lambda row: int(row["seed"])):
-            per_block = _validation_blocks(row, self.teacher_recall.get("validation", 1.0))
+            per_block = blocks_of(row, self.teacher_recall.get("validation", 1.0))
             score = Score(per_block=per_block, tokens=row["tokens"], seconds=0.0)
             found.setdefault(row["layout"], []).append(score)
         return found
 
-    def pick_of(
+    def rung_of(
         self, finalists: Sequence[str], objective: Mapping[str, float], *, seeds: int
-    ) -> str:
-        """The finalist that a rung of them would choose; one that is not distilled first."""
+    ) -> Rung:
+        """A rung of these layouts alone, run off; one that is not distilled is its best."""
         layouts = [self.space.parse(name) for name in finalists]
         distil, found = _Distilled(self), dict[tuple[Layout, int, int], Score]()
-        while True:
-            (rung,) = climb(
-                [(layout, self.score(layout)) for layout in layouts],
-                weights=objective,
-                tokens=[self.tokens],
-                pruner=Halving(),
-                found=found,
-                named=layouts,
-                seeds=seeds,
-            )
-            if not rung.left:
-                return _name(rung.ranking[0])
-            seed = len(rung.run_off)
-            scores = distil(rung.left, self.tokens, seed)
-            keys = [(layout, self.tokens, seed) for layout in rung.left]
-            found |= dict(zip(keys, scores, strict=True))
+        for seed in range(seeds):
+            scores = distil(layouts, self.tokens, seed)
+            found |= {(x, self.tokens, seed): s for x, s in zip(layouts, scores, strict=True)}
+        (rung,) = climb(
+            [(layout, self.score(layout)) for layout in layouts],
+            weights=objective,
+            tokens=[self.tokens],
+            pruner=Halving(),
+            found=found,
+            named=layouts,
+            seeds=seeds,
+        )
+        return rung
+
+    def lacking(self, rung: Rung) -> list[str]:
+        """Layouts that are distilled and had a part in a run-off without a seed of their own."""
+        counts = {name: len(scores) for name, scores in self.validated.items()}
+        pairs = [(_name(x), n) for n, standing in enumerate(rung.run_off, 1) for x in standing]
+        return sorted({name for name, seed in pairs if name in counts and counts[name] <= seed})
 
 
-def _validation_blocks(
-    row: Mapping[str, Any], teacher_recall: float
-) -> dict[str, tuple[float, ...]]:
+def _validation_blocks(row: Mapping[str, Any], _: float) -> dict[str, tuple[float, ...]]:
     """KL, and the lost share of the teacher's recall, in each block of the validation split."""
     seen = row["validation"]
-    has_recall = seen["recall"] is not None
-    if "kl_blocks" in seen:
-        names = ("kl", "recall") if has_recall else ("kl",)
-        return {name: tuple(seen[f"{name}_blocks"]) for name in names}
-    tested = np.array(row["kl_blocks"])
+    names = [name for name in ("kl", "recall") if seen[name] is not None]
+    return {name: tuple(seen[f"{name}_blocks"]) for name in names}
+
+
+def _guessed_validation_blocks(
+    row: Mapping[str, Any], teacher_recall: float
+) -> dict[str, tuple[float, ...]]:
+    """The same of a table that keeps the split's means: the test split's blocks around them."""
+    seen, tested = row["validation"], np.array(row["kl_blocks"])
     found = {"kl": tuple((tested - tested.mean() + seen["kl"]).tolist())}
-    if has_recall:
+    if seen["recall"] is not None:
         shares = np.full(len(tested), seen["recall"])
         sequences = np.array(row.get("recall_sequences", []))
         if len(sequences) and len(sequences) % len(tested) == 0:
@@ -388,6 +397,8 @@ class Picks:
     picks: Sequence[str]
     finalists: Sequence[str] = ()
     """Distilled before the picks, of all seeds."""
+    lacking: Sequence[str] = ()
+    """Of these, those with fewer seeds in the table than a run-off asked for."""
 
 
 @dataclass(frozen=True)
@@ -400,6 +411,8 @@ class _Run:
     pick: str
     finalists: Sequence[str]
     """Distilled before the pick."""
+    lacking: Sequence[str]
+    """As of :class:`Picks`."""
 
     def best(self, step: int) -> str:
         """The best of the first so many."""
@@ -430,6 +443,7 @@ def _run(
         probes=len(result.probes),
         pick=_name(result.best.layout),
         finalists=[_name(layout) for rung in result.rungs for layout in rung.climbers],
+        lacking=[name for rung in result.rungs for name in table.lacking(rung)],
     )
 
 
@@ -555,6 +569,7 @@ def default_study(
                         count,
                         [run.pick for run in again],
                         sorted({name for run in again for name in run.finalists}),
+                        sorted({name for run in again for name in run.lacking}),
                     )
                 )
     return [*found, *distilled]
@@ -580,6 +595,7 @@ def judge(picks: Picks, truth: Truth) -> dict[str, Any]:
         "strategy": picks.strategy,
         "layouts": picks.layouts,
         "missing": len(picks.picks) - len(known),
+        "lacking": len(picks.lacking),
     }
     if known:
         regrets = [truth.regret(pick) for pick in known]
@@ -649,7 +665,7 @@ def run(arguments: Sequence[str] | None) -> None:
     add("--finalists", type=int, nargs="*", default=[], help="distilled before a pick, e.g. 4 8")
     add("--run-off", type=int, default=RungsConfig.seeds, help="most seeds of tied finalists")
     add("--most", type=int, default=max(AFTER), help="most layouts a strategy scores")
-    add("--missing", type=Path, help="file for picks that are not distilled; of one table")
+    add("--missing", type=Path, help="file for what is to be distilled yet; of one table")
     add("--out", type=Path, help="regret.json beside the first table")
     options = parser.parse_args(arguments)
     if options.undistilled and options.finalists:
@@ -670,6 +686,7 @@ def run(arguments: Sequence[str] | None) -> None:
                     )
                 runs = replay_all(table, objective, options, run_all, console)
                 named = dict.fromkeys(x for run in runs for x in (*run.picks, *run.finalists))
+                missing |= {x: None for run in runs for x in run.lacking}
                 try:
                     truths = (
                         [table.undistilled(objective)]
@@ -696,7 +713,7 @@ def run(arguments: Sequence[str] | None) -> None:
                     show(outcomes[-1], console)
     if options.missing:
         options.missing.write_text("".join(f"{x}\n" for x in missing), encoding="utf-8")
-        console.print(f"{len(missing)} picks are not distilled: {options.missing}")
+        console.print(f"{len(missing)} picks are not distilled, or too seldom: {options.missing}")
     if not outcomes:
         return
     out = options.out or options.tables[0].parent / "regret.json"
@@ -716,8 +733,9 @@ def replay_all(
     runs = [Picks("optimum", size, table.best(objective, 1))]
     for count in options.finalists:
         best = table.best(objective, count)
-        pick = table.pick_of(best, objective, seeds=options.run_off)
-        runs.append(Picks(f"optimum, rung of {count}", size, [pick], best))
+        rung = table.rung_of(best, objective, seeds=options.run_off)
+        pick, lacking = _name(rung.ranking[0]), table.lacking(rung)
+        runs.append(Picks(f"optimum, rung of {count}", size, [pick], best, lacking))
     how = {"seeds": options.seeds, "most": options.most, "run_all": run_all}
     named = options.baselines and list(map(yaml.safe_load, options.baselines))
     runs += default_study(
@@ -776,7 +794,8 @@ def show(outcome: Mapping[str, Any], console: Console) -> None:
         f"{outcome['judged_by']} ({outcome['layouts']:,} layouts)"
     )
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for column in ("strategy", "after", "regret", "95 %", "worst seed", "p", "not distilled"):
+    columns = ("strategy", "after", "regret", "95 %", "worst seed", "p", "not distilled")
+    for column in (*columns, "too few seeds"):
         table.add_column(column, justify="left" if column == "strategy" else "right")
     for row in outcome["rows"]:
         figures = ["", "", ""]
@@ -785,7 +804,12 @@ def show(outcome: Mapping[str, Any], console: Console) -> None:
             figures = [f"{row['regret']:.1%}", interval, f"{row['worst']:.1%}"]
         p = "" if row["p"] is None else f"{row['p']:.3f}"
         table.add_row(
-            row["strategy"], f"{row['layouts']:,}", *figures, p, str(row["missing"] or "")
+            row["strategy"],
+            f"{row['layouts']:,}",
+            *figures,
+            p,
+            str(row["missing"] or ""),
+            str(row["lacking"] or ""),
         )
     console.print(table)
 
