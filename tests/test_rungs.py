@@ -419,7 +419,7 @@ def test_the_choice_of_a_run_off_is_told(tmp_path):
     assert top.num_seeds(result.best.layout) == 3
     assert "after 400 tokens of stage 3 (mean of 3 seeds; " in verdict(result)[0]
     counted = rung_counts(result)
-    again = ", then 2 that were tied with the best with one more seed"
+    again = ", then 2 tied ones with another seed"
     assert f"2 to 400 tokens of stage 3{again}{again}; " in counted
     assert f"{7 * 100 + 3 * 2 * 400:,} tokens" in counted
     assert not any("fewer seeds" in line for line in verdict(result))
@@ -435,7 +435,7 @@ def test_the_choice_of_a_run_off_is_told(tmp_path):
         8, 2, baselines=[], trials=28, rungs=RungsConfig(tokens=[100, 400])
     )
     half = load_result(config, space, budget, run_dir=tmp_path / "stopped")
-    assert rung_counts(half).split(";")[0].endswith("with one more seed (not done yet)")
+    assert rung_counts(half).split(";")[0].endswith("with another seed (not done yet)")
     # As a study of before further seeds: its choice stands until it is searched again.
     assert half.best.layout == study(MadeUpDistiller(noise=3.0), None, seeds=1).best.layout
 

@@ -73,7 +73,7 @@ def rung_counts(result: StudyResult) -> str:
     ]
     # Only the last rung has any.
     for standing in (standing for rung in result.rungs for standing in rung.run_off):
-        steps.append(f"{len(standing)} that were tied with the best with one more seed")
+        steps.append(f"{len(standing)} tied ones with another seed")
     if any(rung.run_off and rung.left for rung in result.rungs):
         steps[-1] += " (not done yet)"
     climbed = ", then ".join(steps)
