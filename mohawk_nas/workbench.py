@@ -345,7 +345,7 @@ class Workbench:
         del memory["teacher's weights"]
         return students_at_once(self.teacher.device, sum(memory.values()))
 
-    def validate(self, student: Any) -> dict[str, tuple[float, ...]]:
+    def validation_figures(self, student: Any) -> dict[str, tuple[float, ...]]:
         """What rungs compare students by, in each block of the validation split.
 
         ``kl``, and ``recall``, the lost share of the teacher's, if it solves that split's probe.
@@ -394,7 +394,7 @@ class _Distiller:
             config=config,
             # An audit's seeds, which count from 0, must be others.
             seed=trial_seed(first, seed, "run-off") if seed else first,
-            measure=bench.validate,
+            measure=bench.validation_figures,
             reporter=bench.reporter,
         )
         seconds = (time.perf_counter() - began) / len(layouts)

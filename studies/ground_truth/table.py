@@ -452,7 +452,7 @@ def distil(
 
 def as_a_rung_sees_it(bench: Workbench, student: Any) -> dict[str, Any]:
     """Figures on the validation split: means, and those of each block."""
-    found, probe = bench.validate(student), bench.probe("validation")
+    found, probe = bench.validation_figures(student), bench.probe("validation")
     seen: dict[str, Any] = {"kl": round(statistics.fmean(found["kl"]), DIGITS), "recall": None}
     if probe is not None:
         share = (1 - statistics.fmean(found["recall"])) * probe.teacher_recall
