@@ -177,6 +177,7 @@ class Examination:
             "block_size": bench.config.data.block_size,
             "teacher_positions": made_for if made_for < 2**31 else None,
             "recall_probe": None if self.probe is None else str(self.probe),
+            "recall_errors_over": None if self.probe is None else self.probe.parts_are,
             "lengths": sorted({probe.length for probe in self.length_probes}),
             "lengths_left_out": {str(length): why for length, why in self.left_out.items()},
             "tasks": None if self.tasks is None else self.tasks.settings,

@@ -216,6 +216,11 @@ class RecallProbe(Questions):
         """What is asked and how answers are dealt, as a hash."""
         return hashlib.sha256(f"{super().fingerprint} {DEALT}".encode()).hexdigest()[:16]
 
+    @property
+    def parts_are(self) -> Literal["notations", "sequences"]:
+        """What :meth:`parts` stand for, and errors of recall are over."""
+        return "sequences" if len(self.asked) < FEW_NOTATIONS else "notations"
+
     def parts(self, right: Tensor) -> Tensor:
         """What an interval of recall is over: one figure a notation, of :func:`answers`, ``(S,)``.
 
@@ -227,7 +232,7 @@ class RecallProbe(Questions):
         Where notations are fewer than ``FEW_NOTATIONS``, the sequences: such an interval knows
         nothing of other notations and is too narrow.
         """
-        if len(self.asked) < FEW_NOTATIONS:
+        if self.parts_are == "sequences":
             return right
         notation = self.asked_by.to(right.device)
         each = _means(right, notation)

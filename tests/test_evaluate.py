@@ -268,6 +268,8 @@ def test_evaluate_writes_what_it_prints(run, data, capsys):
     assert record["layout"] == list(pipeline.load_best(run).layout.candidates)
     assert record["asked"]["lengths"] == [144, 160]
     assert record["asked"]["tasks"]["limit"] == 4
+    # This teacher solves no probe.
+    assert record["asked"]["recall_probe"] is None is record["asked"]["recall_errors_over"]
     assert record["provenance"]["versions"]["torch"]
     teacher, undistilled, distilled = record["models"]
     counts = [[len(m[s]) for s in SECTIONS] for m in record["models"]]

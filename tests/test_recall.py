@@ -194,6 +194,7 @@ def test_a_notation_counts_as_one_answer_and_blocks_have_their_own():
     assert probe.by_block(right, 8).mean().item() == pytest.approx(right.mean().item())
     few = dataclasses.replace(probe, asked=probe.asked[:7])
     assert few.parts(right) is right
+    assert (probe.parts_are, few.parts_are) == ("notations", "sequences")
 
 
 def test_a_forgetful_model_answers_what_it_can_reach():

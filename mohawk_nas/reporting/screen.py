@@ -324,7 +324,8 @@ def show_evaluation(rows: Sequence[Evaluation], probe: RecallProbe | None) -> No
     asked = (
         "the teacher solves no probe, so there is none to keep"
         if probe is None
-        else f"share of right answers to {probe}; the teacher's is what there is to keep"
+        else f"share of right answers to {probe}, errors over {probe.parts_are}; the teacher's is "
+        "what there is to keep"
     )
     _say(f"KL in nats a token. Recall: {asked}.")
 
