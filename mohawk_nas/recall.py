@@ -30,6 +30,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -253,6 +254,13 @@ class RecallProbe(Questions):
         So what tells blocks apart tells notations apart, too; where these are few, an error over
         blocks is still too small. ``num_blocks`` must divide S.
         """
+        order = self._order.to(right.device)
+        dealt: Tensor = right[order].unflatten(0, (num_blocks, -1)).mean(1)
+        return dealt
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """Sequences as they are dealt, ``(S,)``: every layout's are, so it is found once."""
         sizes = self._sizes[self.asked_by]
         place = torch.empty(len(sizes), dtype=torch.double)
         for size in sizes.unique():
@@ -260,9 +268,7 @@ class RecallProbe(Questions):
             rows = rows[self.asked_by[rows].argsort(stable=True)]
             # From 0 to 1 through a size's sequences, one notation after the other.
             place[rows] = (torch.arange(len(rows), dtype=torch.double) + 0.5) / len(rows)
-        order = place.argsort(stable=True).to(right.device)
-        dealt: Tensor = right[order].unflatten(0, (num_blocks, -1)).mean(1)
-        return dealt
+        return place.argsort(stable=True)
 
 
 def _means(values: Tensor, group: Tensor) -> Tensor:
