@@ -227,8 +227,10 @@ class RecallProbe(Questions):
 
         A notation's mean, less what is its size's, plus the mean of all: their mean is that of the
         notations, and they spread as notations do within a size (N of them in Z sizes by
-        N - Z degrees of freedom, which a formula for N independent figures then gets right). So one
-        may lie beyond 0 or 1. There must be fewer sizes than notations.
+        N - Z degrees of freedom). So one may lie beyond 0 or 1. A formula for N independent figures
+        then gets their error right but counts N - 1 degrees: over 8 notations in 4 sizes a t
+        interval of 95 % holds in 93 % of cases, over 24 in 95 %. There must be fewer sizes than
+        notations.
 
         Where notations are fewer than ``FEW_NOTATIONS``, the sequences: such an interval knows
         nothing of other notations and is too narrow.

@@ -14,6 +14,7 @@ from mohawk_nas.metrics import body
 from mohawk_nas.pipeline import load_best, search
 from mohawk_nas.recall import RecallProbe, Template, make_probe
 from mohawk_nas.reporting import SILENT
+from mohawk_nas.search import statistics
 from mohawk_nas.search.objectives import BankScorer
 from mohawk_nas.search.study import load_result
 from mohawk_nas.student import assemble
@@ -195,6 +196,27 @@ def test_a_notation_counts_as_one_answer_and_blocks_have_their_own():
     few = dataclasses.replace(probe, asked=probe.asked[:7])
     assert few.parts(right) is right
     assert (probe.parts_are, few.parts_are) == ("notations", "sequences")
+
+
+@pytest.mark.parametrize(("notations", "least", "most"), [(8, 0.91, 0.945), (24, 0.935, 0.96)])
+def test_intervals_over_notations_hold_as_often_as_they_say(notations, least, most):
+    sizes = torch.tensor(recall.NUM_PAIRS).repeat(notations // 4)
+    template = recall.TEMPLATES["test"][0]
+    probe = RecallProbe(
+        split="test",
+        asked=[(template, int(size)) for size in sizes],
+        asked_by=torch.arange(notations),
+        tokens=torch.zeros(notations, 2, dtype=torch.long),
+        positions=torch.zeros(notations, 1, dtype=torch.long),
+        teacher_recall=1.0,
+    )
+    rng, repeats, within = torch.Generator().manual_seed(0), 4000, 0
+    for _ in range(repeats):
+        # Sizes differ by far more than notations do, and are the same each time.
+        right = sizes + 0.05 * torch.randn(notations, generator=rng)
+        found = statistics.paired([(1.0, probe.parts(right).double().numpy())])
+        within += found.low < sizes.double().mean() < found.high
+    assert least < within / repeats < most
 
 
 def test_a_forgetful_model_answers_what_it_can_reach():
