@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 from synthetic_search import SyntheticScorer, make
 
@@ -14,9 +15,15 @@ QUICK = Pace(beat_every=0.4, patience=2.5, look_every=0.05)
 STUDY = {"trials": 28, "baselines": ["uniform", "swap_one"]}
 
 
-def one_of_the_crew(number, storage, roles):
-    """A worker that is killed, or fails, or does its work."""
+def one_of_the_crew(number, storage, roles, gone):
+    """A worker that is killed, or fails, or does its work.
+
+    The one that works begins when there is a file named ``gone``: it could be at the end of the
+    study before the others have come to theirs.
+    """
     assert "RANK" not in os.environ
+    if roles[number] == "works":
+        until_there(gone)
     if roles[number] == "fails with many words":
         raise RunError("this one must fail " + 200_000 * ".")
     if roles[number] == "fails":
@@ -26,6 +33,14 @@ def one_of_the_crew(number, storage, roles):
     if roles[number] == "is killed":
         scorer.score = lambda layout: os.kill(os.getpid(), signal.SIGKILL)
     run_study(config, space, budget, scorer, run_dir=None, worker=Worker(number=number), pace=QUICK)
+
+
+def until_there(path):
+    """Wait for a file, for a minute at most."""
+    until = time.monotonic() + 60
+    while not path.is_file():
+        assert time.monotonic() < until, path
+        time.sleep(0.05)
 
 
 def endless(number, folder):
@@ -39,7 +54,6 @@ def endless(number, folder):
 
 if __name__ == "__main__":
     import sys
-    from pathlib import Path
 
     import crew
 

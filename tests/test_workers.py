@@ -631,15 +631,19 @@ def test_each_worker_gets_its_share_of_the_machine(monkeypatch):
 
 
 class Listener(Silent):
-    def __init__(self):
-        self.said = []
+    def __init__(self, roles, gone):
+        self.said, self.roles, self.gone = [], roles, gone
 
     def say(self, text):
         self.said.append(text)
+        # The first line tells how many there are, then each tells of one that has stopped.
+        if len(self.said) == 1 + len(self.roles) - self.roles.count("works"):
+            self.gone.touch()
 
 
 def run_roles(tmp_path, *roles):
-    storage, listener = f"journal:{tmp_path / 'study.journal'}", Listener()
+    gone = tmp_path / "gone"
+    storage, listener = f"journal:{tmp_path / 'study.journal'}", Listener(roles, gone)
     config, space, budget = make(8, 2, storage=storage, **crew.STUDY)
     result = None
     try:
@@ -649,7 +653,7 @@ def run_roles(tmp_path, *roles):
             budget,
             run_dir=tmp_path,
             target=crew.one_of_the_crew,
-            arguments=(storage, roles),
+            arguments=(storage, roles, gone),
             environments=environments(len(roles), "cpu"),
             reporter=listener,
             pace=QUICK,
@@ -697,18 +701,11 @@ def test_no_worker_outlives_its_parent(tmp_path):
         command = [sys.executable, crew.__file__, str(folder)]
         parents[how] = folder, subprocess.Popen(command, stderr=subprocess.DEVNULL)
     for how, (folder, parent) in parents.items():
-        _until((folder / "began").is_file)
+        crew.until_there(folder / "began")
         parent.send_signal(how)
         assert parent.wait(60) != 0
         # It had the time to tidy up.
-        _until((folder / "left").is_file)
-
-
-def _until(condition):
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+        crew.until_there(folder / "left")
 
 
 def test_two_workers_find_what_one_finds(tmp_path):
