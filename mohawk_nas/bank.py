@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,6 +36,7 @@ from mohawk_nas.files import (
 )
 from mohawk_nas.mixer import Mixer, MixerConfig, build_mixer, identity_of
 from mohawk_nas.ranks import rank
+from mohawk_nas.registry import is_users, text_digest
 from mohawk_nas.reporting import Reporter
 from mohawk_nas.teacher import Teacher
 
@@ -352,10 +352,9 @@ def _source_of(config: MixerConfig) -> str:
     so its text is part of what an entry depends on.
     """
     cls = type(config)
-    if cls.__module__.startswith("mohawk_nas."):
+    if not is_users(cls):
         return f"{cls.__module__}.{cls.__name__}"
-    source = inspect.getsource(inspect.getmodule(cls) or cls)
-    return f"{cls.__name__}:{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    return f"{cls.__name__}:{text_digest(cls)}"
 
 
 def _position(stages: Sequence[Stage], step: int, block_size: int) -> tuple[Stage, int]:

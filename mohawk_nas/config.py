@@ -583,7 +583,13 @@ def read_options(cls: type[T], options: Mapping[str, Any], *, where: str, owner:
     """
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     problems = []
-    merged = writable(cls)
+    try:
+        merged = writable(cls)
+    except OmegaConfBaseException as e:
+        raise ConfigError(
+            f"{where}: the fields of {cls.__name__} must be of types that YAML knows, but: "
+            f"{str(e).splitlines()[0]}"
+        ) from e
     for name, value in options.items():
         if name not in known:
             hint = did_you_mean(str(name), known) or f" Options of {owner}: {known}."
@@ -597,8 +603,9 @@ def read_options(cls: type[T], options: Mapping[str, Any], *, where: str, owner:
         raise ConfigError(problems)
     try:
         built = OmegaConf.to_object(merged)
-    except (ValueError, OmegaConfBaseException) as e:
-        raise ConfigError(f"{where}: {str(e).splitlines()[0]}") from e
+    except (ValueError, AssertionError, OmegaConfBaseException) as e:
+        reason = (str(e).splitlines() or [f"its {cls.__name__} is refused by an assertion"])[0]
+        raise ConfigError(f"{where}: {reason}") from e
     assert isinstance(built, cls)
     return built
 

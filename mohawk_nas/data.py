@@ -765,10 +765,13 @@ def _check_enough(
     ]
     if short:
         small = ", ".join(f"{split} {percent}%" for split, percent in _PERCENT.items())
-        whole = " and a text file is one document" if corpus.has_text_files else ""
+        advice = "add documents or lower these settings"
+        if corpus.has_text_files:
+            advice += "; a text file is one document, so divide a long one into many, or into JSON "
+            advice += "lines"
         raise DataError(
             f"data.source: too little text for {', '.join(short)}; documents are divided by hash "
-            f"({small}, bank the rest){whole}: add documents or lower these settings"
+            f"({small}, bank the rest): {advice}"
         )
 
 

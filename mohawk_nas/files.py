@@ -39,6 +39,7 @@ __all__ = [
 ABANDONED = 24 * 3600.0
 """Seconds after which a temporary file that nobody has written to is a killed process's."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class DamagedFile(MohawkError):
@@ -116,7 +117,7 @@ def _beside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def telling_full_disk(path: Path) -> Iterator[None]:
-    """Tell in one line that a path cannot be written because the disk is full.
+    """Tell in one line that a path cannot be written, most often because the disk is full.
 
     Raises:
         TrainingError: So it is.
@@ -125,6 +126,8 @@ def telling_full_disk(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as e:
         number = e.errno if isinstance(e, OSError) else _system_error(e)
+        if number in _NOT_WRITABLE:
+            raise TrainingError(f"{path}: cannot be written: {os.strerror(number)}") from e
         if number not in _DISK_FULL:
             raise
         raise TrainingError(

@@ -233,13 +233,15 @@ class MixerState(CacheLayerMixin):  # type: ignore[misc]
 class MixerConfig(ABC):
     """Choices that make a mixer, and what the mixer costs in a given layer.
 
-    Subclasses add fields, all with defaults, and are registered under the stem of their file with
-    ``@MIXERS.register(name)``. What depends on the model comes with the view. A field that decides
-    speed alone is given ``metadata={"identity": False}``, see :func:`identity_of`.
+    Subclasses are frozen dataclasses too. They add fields of types that YAML knows (numbers, truth
+    values, text, literals, lists of these), all with defaults, and are registered with
+    ``@MIXERS.register(name)``; in ``mixers/`` the name is the stem of their file. What depends on
+    the model comes with the view. A field that decides speed alone is given
+    ``metadata={"identity": False}``, see :func:`identity_of`.
     """
 
     symbol: ClassVar[str]
-    """One letter, for printed layouts."""
+    """One upper-case letter, for printed layouts."""
     keeps_attention: ClassVar[bool] = False
     """Whether a layer with this candidate keeps the teacher's module untouched."""
     elsewhere: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -400,7 +402,12 @@ def mixer_config(choices: Mapping[str, Any], *, where: str = "candidate") -> Mix
         raise ConfigError(f"{where}: a candidate must be a mapping with `mixer: NAME`")
     name = choices["mixer"]
     options = {option: value for option, value in choices.items() if option != "mixer"}
-    return read_options(MIXERS.get(name), options, where=where, owner=name)
+    cls = MIXERS.get(name)
+    if not issubclass(cls, MixerConfig):
+        raise ConfigError(
+            f"{where}.mixer: what {MIXERS.origin(name)} registers as {name!r} must be a MixerConfig"
+        )
+    return read_options(cls, options, where=where, owner=name)
 
 
 def identity_of(config: MixerConfig) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from mohawk_nas.layout import ATTENTION, Layout
 from mohawk_nas.mixer import MIXERS
 from mohawk_nas.plan import check_searchable, find_problems
 from mohawk_nas.ranks import first_is_ready, my_share, num_ranks, rank, told_once, wait_for_all
-from mohawk_nas.registry import text_digest
+from mohawk_nas.registry import is_users, text_digest
 from mohawk_nas.reporting import SILENT, Reporter
 from mohawk_nas.reporting.board import missing_package
 from mohawk_nas.runs import (
@@ -524,7 +524,7 @@ def mixer_files(candidates: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     found = {}
     for name in sorted({str(choices["mixer"]) for choices in candidates.values()}):
         mixer = MIXERS.get(name)
-        if not mixer.__module__.startswith("mohawk_nas."):
+        if is_users(mixer):
             found[f"file of mixer {name}"] = text_digest(mixer)
     return found
 

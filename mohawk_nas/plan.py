@@ -16,6 +16,7 @@ from mohawk_nas.data import find_parts
 from mohawk_nas.distill.trainer import num_steps
 from mohawk_nas.errors import ConfigError, InputError, LayoutError, MixerError, TeacherError
 from mohawk_nas.mixer import Mixer, MixerConfig
+from mohawk_nas.mixer_check import check_mixer, tried
 from mohawk_nas.registry import load_plugin
 from mohawk_nas.reporting.board import missing_package
 from mohawk_nas.search.budget import Budget, make_budget
@@ -23,9 +24,11 @@ from mohawk_nas.search.space import SearchSpace, check_pins, load_candidates, lo
 from mohawk_nas.search.study import SearchPlan, check_needs, check_search, plan_search
 from mohawk_nas.teacher import (
     Teacher,
+    check_tokenizer,
     check_vocabularies,
     check_weights,
     load_teacher,
+    load_tokenizer,
     pick_device,
     teacher_dtype,
 )
@@ -64,6 +67,7 @@ def find_problems(config: StudyConfig) -> list[str]:
             "itself does not have, so a student of it could not be saved; name a teacher of a type "
             "that it has"
         )
+    _collect(problems, lambda: check_tokenizer(load_tokenizer(config.teacher), teacher))
     problems += _guide_problems(config, teacher)
     if config.data.block_size > teacher.context:
         problems.append(
@@ -78,7 +82,7 @@ def find_problems(config: StudyConfig) -> list[str]:
     )
     if not space:
         return problems + check_search(config.search)
-    misfits = _misfits(config, teacher, space[0])
+    misfits = _misfits(config, teacher, space[0], device)
     if config.layout is not None:
         try:
             space[0].parse(config.layout)
@@ -87,9 +91,11 @@ def find_problems(config: StudyConfig) -> list[str]:
         return problems + misfits
     budget = None
     try:
-        budget = _known_budget(config, teacher, space[0], device)
+        # A mixer that is wrong may not know its costs either.
+        if not misfits:
+            budget = _known_budget(config, teacher, space[0], device)
     except InputError as e:
-        misfits += [str(e)] if str(e) not in misfits else []
+        misfits.append(str(e))
     problems += check_search(config.search, space=space[0], budget=budget)
     return problems + misfits
 
@@ -164,7 +170,9 @@ def _misplaced_folders(config: StudyConfig) -> list[str]:
     return problems
 
 
-def _misfits(config: StudyConfig, teacher: Teacher, space: SearchSpace) -> list[str]:
+def _misfits(
+    config: StudyConfig, teacher: Teacher, space: SearchSpace, device: torch.device
+) -> list[str]:
     problems: list[str] = []
     # A layout of one's own may do without the bank.
     stage = "bank" if config.distill.start == "bank" else "distill"
@@ -172,6 +180,11 @@ def _misfits(config: StudyConfig, teacher: Teacher, space: SearchSpace) -> list[
     for name in space.replacements:
 
         def build(name: str = name) -> None:
+            candidate, view = space.candidates[name], teacher.views[0]
+            try:
+                check_mixer(candidate, view, factors=needs_factors, device=device)
+            except MixerError as e:
+                raise ConfigError(f"space.candidates.{name}: {e}") from e
             mixer = _on_meta(space, teacher, name)
             if needs_factors and type(mixer).factors is Mixer.factors:
                 raise ConfigError(
@@ -184,12 +197,12 @@ def _misfits(config: StudyConfig, teacher: Teacher, space: SearchSpace) -> list[
 
 
 def _on_meta(space: SearchSpace, teacher: Teacher, name: str) -> Mixer:
-    config = space.candidates[name]
+    config, view = space.candidates[name], teacher.views[0]
     with torch.device("meta"):
-        mixer = config.build(teacher.views[0])
+        mixer = config.build(view)
         if config.init == "attention":
             try:
-                mixer.init_from_attention(teacher.views[0])
+                tried(config, "init_from_attention", lambda: mixer.init_from_attention(view))
             except MixerError as e:
                 raise ConfigError(f"space.candidates.{name}.init: {e}") from e
     return mixer

@@ -7,6 +7,7 @@ nothing. A third party registers by an entry point or in a file that the study n
 
 from __future__ import annotations
 
+import ast
 import filecmp
 import hashlib
 import importlib
@@ -15,8 +16,10 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Collection
+import traceback
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from mohawk_nas.errors import ConfigError, MohawkError, RegistryError, did_you_mean
@@ -135,7 +138,15 @@ class Registry(Generic[T]):
         if self._load_builtin(name):
             return
         if (point := self._entry_points().get(name)) is not None:
-            self.register(name)(point.load())
+            try:
+                item = point.load()
+            except Exception as e:
+                raise RegistryError(
+                    f"{self.kind} {name!r}: its entry point {point.value}"
+                    f"{f' of {point.dist.name}' if point.dist else ''} cannot be imported: "
+                    f"{_in_one_line(e)}"
+                ) from e
+            self.register(name)(item)
 
 
 def load_plugin(path: Path) -> None:
@@ -166,15 +177,98 @@ def load_plugin(path: Path) -> None:
     # A script that ends itself is no plugin either.
     except (Exception, SystemExit) as e:
         del sys.modules[name]
-        reason = "" if isinstance(e, MohawkError) else f"{type(e).__name__}: "
-        reason += " ".join(str(e).split())
-        raise ConfigError(f"plugins: importing {path} failed: {reason}") from e
+        raise ConfigError(f"plugins: importing {path} failed: {_in_one_line(e)}") from e
+
+
+def line_of(item: type[Any], error: BaseException) -> int | None:
+    """The last line of the file of a user's class that led to an error."""
+    file = inspect.getsourcefile(item)
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((f.lineno for f in reversed(frames) if f.filename == file), None)
+
+
+def is_users(item: type[Any]) -> bool:
+    """Whether a class is a user's own, neither of this package nor in its ``mixers/``."""
+    return item.__module__.partition(".")[0] != "mohawk_nas"
+
+
+def is_plugin(item: type[Any]) -> bool:
+    """Whether a class comes from a file that a study names under ``plugins``."""
+    return item.__module__.startswith(_PLUGIN)
 
 
 def text_digest(item: type[Any]) -> str:
-    """Digest of the text of the file that a class comes from."""
-    source = inspect.getsource(inspect.getmodule(item) or item)
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
+    """Digest of the text that a user's class comes from.
+
+    That is its file, and what this imports of its own package or of files that lie beside it.
+    """
+    home = inspect.getmodule(item)
+    if home is None or not getattr(home, "__file__", None):
+        return hashlib.sha256(inspect.getsource(item).encode()).hexdigest()[:16]
+    first, *others = (inspect.getsource(module) for module in [home, *helpers(item)])
+    digest = hashlib.sha256(first.encode())
+    for text in others:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()[:16]
+
+
+def helpers(item: type[Any]) -> list[ModuleType]:
+    """Modules that a user's class imports, however indirectly, and that are the user's as well.
+
+    They are of the class's own package, or files or packages in the folder of its file. Sorted by
+    name.
+    """
+    home = inspect.getmodule(item)
+    if home is None or not getattr(home, "__file__", None):
+        return []
+    found, left = {home.__name__: home}, [home]
+    while left:
+        for module in _imported(left.pop()):
+            if module.__name__ not in found and _belongs(module, home):
+                found[module.__name__] = module
+                left.append(module)
+    del found[home.__name__]
+    return [module for _, module in sorted(found.items())]
+
+
+def _imported(module: ModuleType) -> Iterator[ModuleType]:
+    try:
+        tree = ast.parse(inspect.getsource(module))
+    except (OSError, TypeError):
+        return
+    package = module.__spec__.parent if module.__spec__ else None
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = importlib.util.resolve_name("." * node.level + base, package)
+            # What is imported of a package may be one of its modules.
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    for name in names:
+        if isinstance(there := sys.modules.get(name), ModuleType):
+            yield there
+
+
+def _belongs(module: ModuleType, home: ModuleType) -> bool:
+    if not getattr(module, "__file__", None):
+        return False
+    package = home.__name__.partition(".")[0]
+    if "." in home.__name__ and module.__name__.partition(".")[0] == package:
+        return True
+    top = sys.modules.get(module.__name__.partition(".")[0], module)
+    if not getattr(top, "__file__", None):
+        return False
+    path = Path(str(top.__file__)).resolve()
+    folder = path.parent.parent if path.stem == "__init__" else path.parent
+    return folder == Path(str(home.__file__)).resolve().parent
+
+
+def _in_one_line(error: BaseException) -> str:
+    reason = " ".join(str(error).split())
+    return reason if isinstance(error, MohawkError) else f"{type(error).__name__}: {reason}"
 
 
 def _origin(item: type[Any]) -> str:

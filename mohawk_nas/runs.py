@@ -162,10 +162,14 @@ def check_distill_dir(folder: Path, settings: dict[str, Any]) -> None:
         except DamagedFile as e:
             raise RunError(f"{e}; use --force to set {folder} aside and start anew") from e
         if old != settings:
-            changed = _changed_keys(old, settings)
+            changed = "; ".join(
+                f"{key}: {_at(old, key)!r} -> {_at(settings, key)!r}"
+                for key in _changed_keys(old, settings)
+            )
             raise RunError(
-                f"{folder}: holds a distillation with other settings ({', '.join(changed)}); use "
-                "--force to set it aside and start anew"
+                f"{folder}: holds a distillation with other settings ({changed}). Without the "
+                "change it goes on; for another one beside it give the study another name, or use "
+                "--force to set this one aside"
             )
     else:
         raise RunError(
@@ -224,6 +228,12 @@ def _changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
         return [] if old == new else [prefix.rstrip(".")]
     keys = sorted({*old, *new})
     return [k for key in keys for k in _changed_keys(old.get(key), new.get(key), f"{prefix}{key}.")]
+
+
+def _at(record: Any, key: str) -> Any:
+    for name in key.split("."):
+        record = record.get(name) if isinstance(record, dict) else None
+    return record
 
 
 def set_aside(folder: Path) -> None:

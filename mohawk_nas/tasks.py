@@ -202,7 +202,7 @@ class TaskSuite:
         if len(readers) > 1:
             raise InputError(f"{folder}: must hold files of one kind, but holds JSON and parquet")
         return {
-            "include": str(entry.yaml_path),
+            "include": str(Path(entry.yaml_path).resolve()),
             # Splits that are not here are not looked for.
             **{key: split for key, split in splits.items() if split in by_split},
             **{key: None for key, split in splits.items() if split not in by_split},
@@ -241,13 +241,13 @@ class TaskSuite:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         config = getattr(index.get(name), "cfg", None) or {}
         source = config.get("dataset_path")
-        if name in self._local and self.data is not None:
+        if name in self._local and self.data is not None and source is not None:
             return InputError(
                 f"{self.data / name}: rows must have the fields of the data set {source}, which "
                 f"the task {name} is made for, but they do not fit ({reason})"
             )
         if source is None:
-            return InputError(f"--tasks: {name} cannot be loaded ({reason})")
+            return InputError(f"--tasks: the task {name} cannot be loaded ({reason})")
         split = config.get("test_split") or config.get("validation_split") or "test"
         where = f"{self.data or 'DIR'}/{name}/{split}.jsonl (or .parquet)"
         option = "" if self.data else " and give --task-data DIR"

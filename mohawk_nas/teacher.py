@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import sys
+import textwrap
 from collections.abc import Callable, Collection
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from mohawk_nas.capture import LayerCapture, capturing, without_masks
 from mohawk_nas.config import TeacherConfig
@@ -31,6 +32,7 @@ from mohawk_nas.ranks import local_rank
 __all__ = [
     "Teacher",
     "cache_name",
+    "check_tokenizer",
     "check_vocabularies",
     "check_weights",
     "find_attention",
@@ -38,6 +40,7 @@ __all__ = [
     "is_attention",
     "load_architecture",
     "load_teacher",
+    "load_tokenizer",
     "logits_from_hidden",
     "pick_device",
     "teacher_dtype",
@@ -268,8 +271,9 @@ def logits_from_hidden(model: Any, hidden: Tensor) -> Tensor:
     """
     body = called_body(model)
 
-    def stub(*args: object, **kwargs: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
+    def stub(*args: object, **kwargs: object) -> BaseModelOutputWithPastAndCrossAttentions:
+        # GPT-2 and its kin pass cross-attentions on.
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
 
     # For whoever looks at what the body is given.
     stub.is_stub = True  # type: ignore[attr-defined]
@@ -369,7 +373,7 @@ def load_teacher(config: TeacherConfig, *, meta: bool = False, seed: int = 0) ->
             model = _build(config, dtype=dtype, attn_implementation=config.attention)
     else:
         model = _load_weights(config, dtype)
-    return Teacher(model.to(device), _load_tokenizer(config), source=config.source)
+    return Teacher(model.to(device), load_tokenizer(config), source=config.source)
 
 
 def teacher_dtype(config: TeacherConfig, device: torch.device) -> torch.dtype:
@@ -399,6 +403,25 @@ def check_vocabularies(guide: Teacher, teacher: Teacher) -> None:
     if one != other:
         apart = sorted({*one.items()} ^ {*other.items()}, key=lambda pair: pair[::-1])[0][0]
         raise TeacherError(f"{said} numbers tokens in another way, e.g. {apart!r}")
+
+
+def check_tokenizer(tokenizer: Any, teacher: Teacher) -> None:
+    """Make sure that a teacher has a tokenizer, and that this knows no more tokens than it does.
+
+    Raises:
+        TeacherError: There is none, or it does.
+    """
+    if tokenizer is None:
+        raise TeacherError(
+            f"teacher.tokenizer: {teacher.source} has no tokenizer; name a folder or a hub name "
+            "that has one"
+        )
+    rows = teacher.model.get_input_embeddings().num_embeddings
+    if (most := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        raise TeacherError(
+            f"teacher.tokenizer: numbers tokens up to {most:,}, but {teacher.source} knows only "
+            f"{rows:,}; name the tokenizer that it was trained with"
+        )
 
 
 def check_weights(config: TeacherConfig) -> None:
@@ -458,7 +481,12 @@ def _load_weights(config: TeacherConfig, dtype: torch.dtype) -> Any:
     return model
 
 
-def _load_tokenizer(config: TeacherConfig) -> Any:
+def load_tokenizer(config: TeacherConfig) -> Any:
+    """The tokenizer a study names; None where there is none.
+
+    Raises:
+        TeacherError: It cannot be read.
+    """
     where = config.tokenizer or config.source
     gguf = gguf_path(where)
     try:
@@ -541,8 +569,8 @@ def _check_folder(source: str, *, weights: bool = False) -> None:
 def _unreadable(source: str, error: Exception) -> str:
     if not Path(source).exists() and not source.startswith("package:"):
         return (
-            f"teacher.source: {source} is no local folder, and it could not be had from the hub: "
-            f"{_line(error)}"
+            f"teacher.source: there is no folder {Path(source).resolve()}, and {source} cannot "
+            f"be had from the hub: {_line(error)}"
         )
     if isinstance(error, ImportError):
         return f"teacher.source: {source} needs a package that is not installed: {_line(error)}"
@@ -551,7 +579,7 @@ def _unreadable(source: str, error: Exception) -> str:
 
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
+    return f"{type(error).__name__}: {textwrap.shorten(text, 300, placeholder=' ...')}"
 
 
 _FUNCTION = (

@@ -24,10 +24,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mohawk_nas.config import read_options
 from mohawk_nas.errors import MixerError
 from mohawk_nas.mixer import AttentionView, Mixer, MixerConfig, MixerState, build_mixer
 from mohawk_nas.teacher import find_attention
@@ -501,9 +503,19 @@ class MixerContract:
         assert not pairs.is_floating_point()
         assert 0 <= int(pairs.min()) <= int(pairs.max()) < teacher_heads
 
-    def test_symbol_is_one_letter(self) -> None:
+    def test_symbol_is_one_upper_case_letter(self) -> None:
         assert len(self.config.symbol) == 1
-        assert self.config.symbol.isalpha()
+        assert self.config.symbol.isupper()
+
+    def test_a_study_can_give_its_options(self) -> None:
+        config = self.config
+        chosen = {
+            f.name: getattr(config, f.name)
+            for f in dataclasses.fields(config)
+            if getattr(config, f.name) != f.default
+        }
+        options = yaml.safe_load(yaml.safe_dump(chosen))
+        assert read_options(type(config), options, where="candidate", owner="mixer") == config
 
 
 @torch.no_grad()

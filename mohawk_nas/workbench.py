@@ -46,7 +46,7 @@ from mohawk_nas.search.rungs import Distiller
 from mohawk_nas.search.scoring import Learnt, Score
 from mohawk_nas.search.space import SearchSpace, load_space
 from mohawk_nas.search.study import check_needs, load_result, trial_seed
-from mohawk_nas.teacher import Teacher, load_teacher
+from mohawk_nas.teacher import Teacher, check_tokenizer, load_teacher
 
 __all__ = ["Workbench"]
 
@@ -66,11 +66,7 @@ class Workbench:
     def teacher(self) -> Teacher:
         self.reporter.say(f"loading the teacher from {self.config.teacher.source}")
         teacher = load_teacher(self.config.teacher, seed=self.config.seed)
-        if teacher.tokenizer is None:
-            raise TeacherError(
-                f"teacher.tokenizer: {teacher.source} has no tokenizer; name a folder or a hub "
-                "name that has one"
-            )
+        check_tokenizer(teacher.tokenizer, teacher)
         return teacher
 
     @cached_property

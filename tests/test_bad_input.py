@@ -9,10 +9,12 @@ import re
 import shutil
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import yaml
 from tiny_study import make_study, make_teacher
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mohawk_nas import pipeline
 from mohawk_nas.cli import main
@@ -339,8 +341,21 @@ def test_folders_that_are_no_teacher(text, message, teacher, study, refuse):
 def test_a_teacher_without_a_tokenizer(teacher, study, refuse):
     (teacher / "tokenizer.json").unlink()
     (teacher / "tokenizer_config.json").unlink()
-    assert refuse("search", study, f"teacher.source={teacher}", made=RECORDS) == (
-        f"teacher.tokenizer: {teacher} has no tokenizer; name a folder or a hub name that has one"
+    for command in ("validate", "search"):
+        assert refuse(command, study, f"teacher.source={teacher}").endswith(
+            f"teacher.tokenizer: {teacher} has no tokenizer; name a folder or a hub name that has "
+            "one"
+        )
+
+
+def test_a_tokenizer_of_more_tokens_than_the_teacher_knows(teacher, study, refuse):
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    most = max(AutoTokenizer.from_pretrained(teacher).get_vocab().values())
+    model.resize_token_embeddings(most)
+    model.save_pretrained(teacher)
+    assert refuse("validate", study, f"teacher.source={teacher}").endswith(
+        f"teacher.tokenizer: numbers tokens up to {most:,}, but {teacher} knows only {most:,}; "
+        "name the tokenizer that it was trained with"
     )
 
 
@@ -373,7 +388,8 @@ def test_a_hub_that_cannot_be_reached(study, refuse, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refuse("search", study, "teacher.source=org/no-such-model")
     assert message.startswith(
-        "teacher.source: org/no-such-model is no local folder, and it could not be had from the hub"
+        f"teacher.source: there is no folder {Path('org/no-such-model').resolve()}, and "
+        "org/no-such-model cannot be had from the hub: "
     )
 
 
@@ -594,8 +610,9 @@ def test_scoring_leaves_the_run_as_it_was(run, study, call):
 def test_a_distillation_with_other_settings(run, refuse, call):
     message = refuse("distill", run, "distill.logits.lr=1e-5", "distill.logits.tokens=128")
     assert message == (
-        f"{run}/distill: holds a distillation with other settings (distill.logits.lr, "
-        "distill.logits.tokens); use --force to set it aside and start anew"
+        f"{run}/distill: holds a distillation with other settings (distill.logits.lr: 0.0001 -> "
+        "1e-05; distill.logits.tokens: 256 -> 128). Without the change it goes on; for another one "
+        "beside it give the study another name, or use --force to set this one aside"
     )
     before = contents(run / "distill")
     assert call("distill", run, "distill.logits.tokens=128", "--force")[0] == 0

@@ -352,7 +352,7 @@ def test_too_little_text(tokenizer: Any, tmp_path: Path) -> None:
         load_blocks(config_for(tmp_path, source), tokenizer, needed=needed)
     (tmp_path / "one.txt").write_text("short")
     everything = dict.fromkeys(SPLITS, 32)
-    with pytest.raises(DataError, match=r"for bank \(.*and a text file is one document: add"):
+    with pytest.raises(DataError, match=r"for bank \(.*: add documents .*; a text file is one"):
         load_blocks(config_for(tmp_path, tmp_path / "one.txt"), tokenizer, needed=everything)
     with pytest.raises(DataError, match=r"search.tokens: must hold at least one block of 32"):
         load_blocks(config_for(tmp_path, source), tokenizer, needed={"search": 31})

@@ -33,7 +33,7 @@ from mohawk_nas.student import assemble
 from mohawk_nas.teacher import Teacher, cache_name
 from mohawk_nas.testing import tiny_model
 
-PAUSE = 0.02
+PAUSE = 0.05
 """Seconds, much more than everything else takes."""
 STEP = Step(context=11, batch=3)
 

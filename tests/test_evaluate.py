@@ -211,6 +211,15 @@ def test_examples_come_from_their_own_split(bench, data):
     assert TaskSuite(["say_it"], data=data, fewshot=0).names == ("say_it",)
 
 
+def test_a_task_of_ones_own_beside_its_rows_is_found_wherever_one_stands(data, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    assert TaskSuite(["say_it"], data=Path(data.name)).names == ("say_it",)
+    text = (data / "say_it.yaml").read_text(encoding="utf-8")
+    (data / "say_it.yaml").write_text(f"{text}\nno_such_setting: 1\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"--tasks: the task say_it cannot be loaded .*no_such_se"):
+        TaskSuite(["say_it"], data=data)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -63,6 +63,11 @@ def test_full_disk(number: int, tmp_path: Path) -> None:
         raise OSError(number, os.strerror(number))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "one"
+    with (
+        pytest.raises(TrainingError, match=r"file: cannot be written: File too large$"),
+        atomic_write(path),
+    ):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     with pytest.raises(PermissionError), atomic_write(path):
         raise PermissionError(errno.EACCES, "Permission denied")
 

@@ -1,5 +1,6 @@
 """A user's mixer, from a file that the study names, takes part like a built-in one."""
 
+import importlib
 import json
 import os
 import re
@@ -238,6 +239,81 @@ def test_its_options_are_checked_like_a_built_ins(options, message, write, capsy
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert re.search(message, err)
+
+
+@pytest.mark.parametrize(
+    ("there", "instead", "message"),
+    [
+        ('symbol = "E"', "pass", "symbol of MovingAverageConfig must be one upper-case .*None$"),
+        ('"E"', '"e"', "symbol of MovingAverageConfig must be one upper-case .* is 'e'$"),
+        ("return MovingAverage(", "MovingAverage(", "build must make a Mixer, but makes nothing"),
+        ("num_heads: int)", "heads: int)", r"build failed in line \d+: NameError: name 'num_heads"),
+        ("2 * view.d_model**2 +", "view.d_model**2 +", "num_params must be 2,052, as many as are"),
+        ("d_model**2 + 2", "d_model**2 + 2.0", "flops_per_token must be a whole number"),
+        ("view.d_model * 4", "-4", "state_bytes must be a whole number, at least 0, but is -8"),
+        ("view.d_model * 4", "view.model", r"state_bytes failed in line \d+: Attribute"),
+        ("view.d_model * 4", "view.d_model", "state_bytes must be 256, as many as .* is 64"),
+        ("self.num_heads =", "self.heads =", "its mixer's num_heads must be a number of heads"),
+        (".flatten(2))", ".flatten(2))[:1]", r"forward must give a tensor \(2, 9, 32\) in "),
+        (".flatten(2))", ".flatten(2)) / 0", "forward must be finite on finite input"),
+        ("mixed.to(", "nothing.to(", r"forward failed in line \d+: NameError: name"),
+        ("hidden * mask[", "hidden * msk[", r"forward with a mask failed in line \d+: Name"),
+        (".exp().tril()", ".exp()", "forward must be causal: the output of a token "),
+        ("carried = (self", "carried = (2 * self", "forward with a cache must continue where "),
+        ("hidden.shape[1]\n        return", "1\n        return", "must have counted 9 tokens .* 4"),
+        ("c=ones[..., None]", "c=ones", r"factors\(\).c must give a tensor \(2, 4, 9, any"),
+        ("init: Literal", "more: object = None\n    init: Literal", "must be of types that YAML"),
+        ("if self.num_heads < 1", "assert 0\n        if 0", "refused by an assertion"),
+    ],
+)  # fmt: skip
+def test_its_mistakes_are_told_before_anything_is_trained(
+    there, instead, message, write, tmp_path, capsys
+):
+    study, plugin = write(mine=MINE), tmp_path / "moving_average.py"
+    text = plugin.read_text()
+    assert there in text
+    plugin.write_text(text.replace(there, instead, 1))
+    code, out, err = call(capsys, "validate", study)
+    assert (code, out) == (2, "")
+    assert re.search(message, err.splitlines()[-1]), err
+    assert "space.candidates.mine: " in err
+
+
+def test_it_may_be_of_several_files_but_then_is_not_exported(write, tmp_path, monkeypatch, capsys):
+    study, plugin = write(mine=MINE), tmp_path / "moving_average.py"
+    text = plugin.read_text().replace("F.logsigmoid", "beside_it.logsigmoid")
+    plugin.write_text(text.replace("import torch\n", "import beside_it\nimport torch\n", 1))
+    beside = tmp_path / "beside_it.py"
+    beside.write_text("from torch.nn.functional import logsigmoid\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def call_afresh(*args):
+        sys.modules.pop("beside_it", None)
+        importlib.invalidate_caches()
+        return call(capsys, *args)
+
+    code, _, err = call_afresh("search", study, "search.trials=2")
+    assert code == 0, err
+    run = next((tmp_path / "runs").iterdir())
+    assert call_afresh("distill", run)[0] == 0
+    code, _, err = call_afresh("export", run)
+    assert code == 1 and "beside_it.py; put them into it, or install them" in err, err
+    # What lies beside it decides what is trained as well.
+    beside.write_text("def logsigmoid(x):\n    return x.sigmoid().log() - 1\n")
+    code, _, err = call_afresh("search", study, "search.trials=2")
+    assert code == 2 and "what it was begun with has changed" in err, err
+
+
+def test_what_is_registered_as_a_mixer_is_one(write, capsys):
+    study = write(mine={"mixer": "mine"})
+    MIXERS.register("mine")(type("Mine", (), {}))
+    try:
+        code, _, err = call(capsys, "validate", study)
+        assert code == 2 and re.search(
+            r"candidates.mine.mixer: what .* registers as 'mine' must be a MixerConfig", err
+        )
+    finally:
+        del MIXERS._items["mine"]
 
 
 def test_a_plugin_that_fails_is_one_line(write, tmp_path, capsys):

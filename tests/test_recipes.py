@@ -267,8 +267,8 @@ def test_a_given_layout_is_distilled_without_a_search(tmp_path, call):
     assert call("distill", path)[0] == 0
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     for change, message in (
-        ("distill.logits.lr=1e-5", "other settings (distill.logits.lr)"),
-        ("layout=[0, 1]", "other settings (layout)"),
+        ("distill.logits.lr=1e-5", "other settings (distill.logits.lr: "),
+        ("layout=[0, 1]", "other settings (layout: "),
         ("layout=null", "layout: must be given"),
         ("layout=[4]", "layout: layer 4 is out of range"),
         ("layout=[0, 1, 2, 3]", "keeps attention in every layer, so there is nothing to distil"),

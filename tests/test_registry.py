@@ -150,6 +150,14 @@ def test_entry_points(things, monkeypatch):
     assert Point.loads == 1
 
 
+def test_an_entry_point_that_leads_nowhere_is_told_with_its_name(things, monkeypatch):
+    point = importlib.metadata.EntryPoint("lathe", "no_such_package_at_all:Lathe", things._package)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [point])
+    message = r"thing 'lathe': its entry point no_such_package_at_all:Lathe cannot be imported: Mod"
+    with pytest.raises(RegistryError, match=message):
+        things.get("lathe")
+
+
 def test_a_clone_that_is_not_installed():
     lost = Registry("thing", package="mohawk_nas.no_such_things", entry_points="x")
     with pytest.raises(RegistryError, match=r"mohawk_nas.no_such_things is not found: .*`pip inst"):

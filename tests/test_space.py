@@ -117,6 +117,7 @@ def test_a_space_that_names_nothing(config, message):
         ("pinned: {first: attention}", "pinned must map layer numbers to names"),
         ("candidates: [a]", "candidates must map names to mixers"),
         ("a: {", "cannot be read"),
+        ("candidates: {attention: {mixer: mamba2}}", "candidates.attention: is always there"),
     ],
 )
 def test_a_space_file_with_something_else_in_it(tmp_path, text, message):

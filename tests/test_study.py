@@ -1,5 +1,6 @@
 """Studies: what is scored, in which order, what survives a kill, and what the result says."""
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -513,10 +514,92 @@ def test_the_documented_strategy_has_options_like_a_built_in(tmp_path):
         assert {trial.proposed_by for trial in result.trials} == {"every_nth(n=4)"}
         with pytest.raises(ConfigError, match=r"search.strategy.m: unknown option. Options of eve"):
             run(6, 2, trials=14, strategy={"name": "every_nth", "m": 4})
+        with pytest.raises(ConfigError, match=r"search.strategy: `n >= 1` must hold, but got 0"):
+            run(6, 2, trials=14, strategy={"name": "every_nth", "n": 0})
     finally:
         mine = STRATEGIES._items.pop("every_nth")
     with pytest.raises(RegistryError, match="strategy 'greedy' is a short name that comes with"):
         STRATEGIES.register("greedy")(mine)
+
+
+MINE = """
+from dataclasses import dataclass
+from mohawk_nas.layout import Layout
+from mohawk_nas.search.strategy import STRATEGIES, Proposal, Selector, Strategy
+
+@STRATEGIES.register("mine")
+@dataclass(frozen=True, kw_only=True)
+class Mine({base}):
+    def {method}(self, context):
+        layouts = list(context.budget.enumerate(context.space))
+        return {answer}
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            "layouts[99]",
+            r"strategy 'mine' failed \(.*mine.py, line 11\): IndexError: list",
+        ),
+        ("layouts[0]", r"strategy 'mine' must give a Proposal or None, but gives Layout\("),
+        (
+            "Proposal(layout=Layout(('x',) * 6), proposed_by='mine')",
+            r"strategy 'mine' proposed a layout that cannot be: layer 0: unknown candidate 'x'",
+        ),
+        (
+            "Proposal(layout=Layout(('attention',) * 6), proposed_by='mine')",
+            r"strategy 'mine' proposed a layout that cannot be: the budget is exactly 2 attention",
+        ),
+    ],
+)
+def test_a_users_strategy_is_told_of_its_mistakes(answer, message, tmp_path):
+    with (
+        plugged(tmp_path, base="Strategy", method="propose", answer=answer),
+        pytest.raises(RegistryError, match=message),
+    ):
+        run(6, 2, trials=4, strategy="mine")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("None", r"strategy 'mine' failed \(.*mine.py\): TypeError: 'NoneType' object is not it"),
+        ("layouts", r"strategy 'mine' must name pairs of a label and a Layout, but names Layout\("),
+        ("[('mine', 'x')]", r"must name pairs of a label and a Layout, but names \('mine', 'x'\)"),
+        ("[('foo', layouts[0])]", r"'mine': its labels must begin with its own, but one is 'foo'"),
+        (
+            "[('mine', Layout(('attention',) * 6))]",
+            r"strategy 'mine' proposed a layout that cannot be: the budget is exactly 2 attention",
+        ),
+    ],
+)
+def test_a_users_selector_is_told_of_its_mistakes(answer, message, tmp_path):
+    with (
+        plugged(tmp_path, base="Selector", method="layouts", answer=answer),
+        pytest.raises(RegistryError, match=message),
+    ):
+        run(6, 2, trials=4, baselines=["mine"])
+
+
+@contextlib.contextmanager
+def plugged(folder, **parts):
+    (folder / "mine.py").write_text(MINE.format(**parts))
+    load_plugin(folder / "mine.py")
+    try:
+        yield
+    finally:
+        del STRATEGIES._items["mine"]
+
+
+def test_what_is_registered_as_a_strategy_is_one():
+    STRATEGIES.register("mine")(type("Mine", (), {}))
+    try:
+        with pytest.raises(ConfigError, match=r"search.strategy: what .* registers as 'mine' must"):
+            run(6, 2, trials=4, strategy="mine")
+    finally:
+        del STRATEGIES._items["mine"]
 
 
 def test_names_are_checked_without_a_teacher():

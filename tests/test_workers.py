@@ -119,7 +119,7 @@ def test_no_trial_is_lost_or_doubled_by_20_kills(storage, tmp_path, elsewhere):
         assert workers[number].exitcode == -signal.SIGKILL
         workers[number] = start(number)
     for worker in workers:
-        worker.join(60)
+        worker.join(300)
         assert worker.exitcode == 0
 
     options = {"trials": TRIALS, "baselines": BASELINES}
@@ -694,18 +694,21 @@ def test_a_worker_that_fails_with_many_words_ends(tmp_path):
 
 
 def test_no_worker_outlives_its_parent(tmp_path):
-    parents = {}
-    for how in (signal.SIGINT, signal.SIGKILL):
-        folder = tmp_path / how.name
-        folder.mkdir()
-        command = [sys.executable, crew.__file__, str(folder)]
-        parents[how] = folder, subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    for how, (folder, parent) in parents.items():
-        crew.until_there(folder / "began")
-        parent.send_signal(how)
-        assert parent.wait(60) != 0
-        # It had the time to tidy up.
-        crew.until_there(folder / "left")
+    with contextlib.ExitStack() as stack:
+        parents = {}
+        for how in (signal.SIGINT, signal.SIGKILL):
+            folder = tmp_path / how.name
+            folder.mkdir()
+            command = [sys.executable, crew.__file__, str(folder)]
+            parent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            stack.callback(parent.kill)
+            parents[how] = folder, parent
+        for how, (folder, parent) in parents.items():
+            crew.until_there(folder / "began")
+            parent.send_signal(how)
+            assert parent.wait(300) != 0
+            # It had the time to tidy up.
+            crew.until_there(folder / "left")
 
 
 def test_two_workers_find_what_one_finds(tmp_path):

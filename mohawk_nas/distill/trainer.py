@@ -322,7 +322,10 @@ def _check_losses(trainer: LayerTrainer) -> None:
     # Every step of the last entry was refused: what is there now is no result.
     for job in trainer.jobs:
         if not job.loss_count:
+            why = f"lower the stage's lr (now {trainer.stage.config.lr})"
+            if not job.losses:
+                why = "it never was one, so what the mixer starts from is at fault"
             raise TrainingError(
                 f"{job.name}: its loss must be a number when stage {trainer.stage.name} ends, but "
-                f"is nan; lower the stage's lr (now {trainer.stage.config.lr})"
+                f"is nan; {why}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from mohawk_nas.export.standalone import standalone_files, write_standalone
 from mohawk_nas.export.verify import verify_export
 from mohawk_nas.files import atomic_folder, read_json, write_json
 from mohawk_nas.layout import Layout
+from mohawk_nas.mixer import MIXERS
 from mohawk_nas.pipeline import load_best
-from mohawk_nas.registry import load_plugin
+from mohawk_nas.registry import helpers, is_plugin, load_plugin
 from mohawk_nas.runs import set_aside
 
 __all__ = ["export_folder"]
@@ -82,6 +83,7 @@ def export_folder(
         "scores": result["scores"],
         "distillation": _without_folders(result),
     }
+    _check_helpers(choices["mixer"] for choices in config.candidates.values())
     if standalone:
         # Refused before many gigabytes are written.
         standalone_files(choices["mixer"] for choices in config.candidates.values())
@@ -127,6 +129,18 @@ def export_folder(
         if in_the_way:
             set_aside(out)
     return out, found
+
+
+def _check_helpers(mixers: Iterable[str]) -> None:
+    """Raise ExportError if a plugin's file needs another one, which an export does not hold."""
+    for name in mixers:
+        item = MIXERS.get(name)
+        if is_plugin(item) and (needed := helpers(item)):
+            raise ExportError(
+                f"{MIXERS.origin(name)}: a mixer under `plugins` must be one file to be exported, "
+                f"but this one imports {', '.join(str(m.__file__) for m in needed)}; put them into "
+                "it, or install them as a package that names the mixer in an entry point"
+            )
 
 
 def _copy_plugins(plugins: Sequence[str], folder: Path) -> list[str]:

@@ -257,10 +257,14 @@ class _Cut:
 
 
 def _refusal(module: _Module, node: ast.stmt | ast.expr, imported: str) -> ExportError:
+    advice = "put what can be done without into a `try`, or export without --standalone"
+    if imported.endswith(f" from {_PACKAGE}"):
+        # Its names stand in other files, and are looked up there when they are first used.
+        advice = f"import it from the file that defines it, such as {_PACKAGE}.mixer"
     return ExportError(
         f"standalone: {module.path}:{node.lineno} must import from torch, transformers, the "
         "standard library, and what a mixer needs of its own package by name, but imports "
-        f"{imported}; put what can be done without into a `try`, or export without --standalone"
+        f"{imported}; {advice}"
     )
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from mohawk_nas.audit import AuditReport
 from mohawk_nas.config import FIGURES, StudyConfig
 from mohawk_nas.distill.logits import LogitsResult
+from mohawk_nas.errors import RegistryError
 from mohawk_nas.evaluate import Evaluation
 from mohawk_nas.files import RowFile
 from mohawk_nas.forecast import Forecast
@@ -361,12 +362,7 @@ def _figure(figure: Figure, *, sign: str = "") -> str:
 def show_names(what: str) -> None:
     """What ``ls`` lists."""
     if what == "mixers":
-        _names(
-            {
-                name: f"{MIXERS.get(name).symbol}  {_first_line(MIXERS.get(name))}"
-                for name in MIXERS.names()
-            }
-        )
+        _names({name: _mixer_note(name) for name in MIXERS.names()})
     elif what == "spaces":
         _names(dict.fromkeys(space_names(), ""))
     elif what == "strategies":
@@ -380,13 +376,25 @@ def _names(notes: Mapping[str, str]) -> None:
         _say(f"{name:<16} {note}".rstrip())
 
 
+def _mixer_note(name: str) -> str:
+    try:
+        item = MIXERS.get(name)
+    except RegistryError as e:
+        # One that another package names wrongly hides none of the rest.
+        return str(e)
+    return f"{item.symbol}  {_first_line(item)}"
+
+
 def _strategy_note(name: str) -> str:
     def listed(options: Mapping[str, object]) -> str:
         return ", ".join(f"{option}: {value}" for option, value in options.items())
 
     if name in SHORT_NAMES:
         return f"Short for {{{listed(SHORT_NAMES[name])}}}."
-    item = STRATEGIES.get(name)
+    try:
+        item = STRATEGIES.get(name)
+    except RegistryError as e:
+        return str(e)
     options = listed({f.name: f.default for f in dataclasses.fields(item)})
     return _first_line(item) + (f" Options: {options}." if options else "")
 

@@ -143,6 +143,11 @@ def load_candidates(config: SpaceConfig) -> dict[str, MixerConfig]:
     candidates = {ATTENTION: mixer_config({"mixer": ATTENTION})}
     for name, choices in config.candidates.items():
         where = f"space.candidates.{name}"
+        if name == ATTENTION:
+            problems.append(
+                f"{where}: is always there; remove it, or call this candidate otherwise"
+            )
+            continue
         try:
             candidate = mixer_config(choices, where=where)
         except ConfigError as e:
@@ -154,6 +159,12 @@ def load_candidates(config: SpaceConfig) -> dict[str, MixerConfig]:
                 problems.append(
                     f"{where}: mixer {choices['mixer']!r} keeps attention, which every space has "
                     f"under the name {ATTENTION!r}; remove this candidate"
+                )
+            symbol = getattr(candidate, "symbol", None)
+            if not (isinstance(symbol, str) and len(symbol) == 1 and symbol.isupper()):
+                problems.append(
+                    f"{where}: symbol of {type(candidate).__name__} must be one upper-case letter, "
+                    f"for printed layouts, but is {symbol!r}"
                 )
             candidates[name] = candidate
     if not config.candidates:

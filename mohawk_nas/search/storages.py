@@ -146,9 +146,12 @@ def storage_errors(where: str) -> Iterator[None]:
         yield
     except (OptunaError, SQLAlchemyError) as e:
         cause = " ".join(str(e.__cause__ or e).split())
+        # SQLAlchemy adds where its manual explains it.
+        cause = cause.partition(" (Background on this error")[0]
+        full = "make room and " if "disk is full" in cause else ""
         raise TrainingError(
             f"{where}: the study must be readable and writable, but the storage says: {cause}. "
-            "What was scored before is kept there; run again to continue"
+            f"What was scored before is kept there; {full}run again to continue"
         ) from e
     finally:
         optuna.logging.set_verbosity(verbosity)

@@ -304,6 +304,10 @@ def build_strategy(choice: str | Mapping[str, Any], *, where: str = "strategy") 
                 for option in fixed
             ]
         )
+    if not issubclass(cls, Strategy):
+        raise ConfigError(
+            f"{where}: what {STRATEGIES.origin(name)} registers as {name!r} must be a Strategy"
+        )
     return read_options(cls, meant | options, where=where, owner=name)
 
 

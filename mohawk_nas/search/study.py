@@ -13,16 +13,18 @@ waited for, and taken over if they stop.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mohawk_nas.config import SearchConfig, StudyConfig, short_recipe
-from mohawk_nas.errors import ConfigError, LayoutError, RegistryError, did_you_mean
+from mohawk_nas.errors import ConfigError, LayoutError, MohawkError, RegistryError, did_you_mean
 from mohawk_nas.layout import Layout
+from mohawk_nas.registry import is_users, line_of
 from mohawk_nas.reporting import SILENT, Reporter, Task
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.leases import DEFAULT_PACE, Pace, Worker
@@ -67,6 +69,8 @@ __all__ = [
     "run_study",
     "trial_seed",
 ]
+
+T = TypeVar("T")
 
 Provenance = Callable[[Layout], Mapping[str, Any]]
 
@@ -297,8 +301,6 @@ class _Study:
                 looked: set[Layout] = set()
                 named: dict[str, list[str]] = {}
                 for label, layout in self._baseline(entry, selector, looked, task):
-                    self._space.check(layout)
-                    self._budget.check(layout)
                     named[label] = list(layout.candidates)
                     proposals.append(Proposal(layout=layout, proposed_by=label))
                     self._score_free(proposals[-1:], task)
@@ -408,15 +410,45 @@ class _Study:
         self, entry: str, selector: Selector | None, looked: set[Layout], task: Task
     ) -> list[tuple[str, Layout]]:
         if selector is None:
-            return [(entry, self._space.parse(entry))]
-        return selector.layouts(self._context(entry, looked, task))
+            layout = self._space.parse(entry)
+            self._budget.check(layout)
+            return [(entry, layout)]
+        context = self._context(entry, looked, task)
+        named = _answer(selector, lambda: list(selector.layouts(context)))
+        for pair in named:
+            if not (isinstance(pair, tuple) and list(map(type, pair)) == [str, Layout]):
+                raise RegistryError(
+                    f"strategy {selector.label!r} must name pairs of a label and a Layout, but "
+                    f"names {pair!r}"
+                )
+            label, layout = pair
+            if not label.startswith(selector.label):
+                raise RegistryError(
+                    f"strategy {selector.label!r}: its labels must begin with its own, but one is "
+                    f"{label!r}"
+                )
+            self._check(layout, selector)
+        return named
+
+    def _check(self, layout: Layout, strategy: Strategy) -> None:
+        try:
+            self._space.check(layout)
+            self._budget.check(layout)
+        except LayoutError as e:
+            raise RegistryError(
+                f"strategy {strategy.label!r} proposed a layout that cannot be: {e}"
+            ) from e
 
     def _propose(self, strategy: Strategy, task: Task) -> Proposal | None:
         context = self._context(strategy.label, set(), task)
-        proposal = strategy.propose(context)
+        proposal = _answer(strategy, lambda: strategy.propose(context))
         if proposal is not None:
-            self._space.check(proposal.layout)
-            self._budget.check(proposal.layout)
+            if not isinstance(proposal, Proposal):
+                raise RegistryError(
+                    f"strategy {strategy.label!r} must give a Proposal or None, but gives "
+                    f"{proposal!r}"
+                )
+            self._check(proposal.layout, strategy)
             if proposal.layout in context.seen:
                 raise RegistryError(
                     f"strategy {strategy.label!r} proposed a layout that is scored already: "
@@ -529,6 +561,21 @@ class _Study:
 
     def _salt(self) -> str:
         return self._worker.salt(alone=not self._ledger.pending and not self._ledger.probing)
+
+
+def _answer(strategy: Strategy, ask: Callable[[], T]) -> T:
+    """What a strategy answers; where a user's own fails, its name and line are told."""
+    try:
+        return ask()
+    except MohawkError:
+        raise
+    except Exception as e:
+        if not is_users(cls := type(strategy)):
+            raise
+        line = line_of(cls, e)
+        where = f"{inspect.getsourcefile(cls)}{f', line {line}' if line else ''}"
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise RegistryError(f"strategy {strategy.label!r} failed ({where}): {reason}") from e
 
 
 def _begins(rung: Rung) -> str:
