@@ -391,7 +391,8 @@ class _Work:
         named = {layout for label, layout in self._named(result) if label != "drawn"}
         raise RunError(
             f"--layouts: {self.layouts} asked for in all, {len(named)} named by the search and "
-            f"{len(self.drawn)} drawn at random make {len(chosen)} layouts; {needed}"
+            f"{len(self.drawn)} drawn at random make {len(chosen)} layouts; {needed}, so "
+            "ask for more or leave it out"
         )
 
     @staticmethod

@@ -135,6 +135,11 @@ def check_run_dir(config: StudyConfig) -> None:
         ]
         if changed:
             shown = "; ".join(f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in changed)
+            if changed == ["name"]:
+                raise RunError(
+                    f"{folder}: was begun with other settings ({shown}); a run's folder is called "
+                    "as its study, so rename both back, or use --force to set the old run aside"
+                )
             raise RunError(
                 f"{folder}: was begun with other settings ({shown}). Only "
                 f"{', '.join(CHANGEABLE)}, search.rungs and distill may change; give the study "

@@ -577,6 +577,16 @@ def test_a_resumed_run_names_what_may_not_change(run, study, refuse):
     assert "(search.tokens: 128 -> 64)" in message
 
 
+def test_a_run_that_was_renamed(run, study, refuse, tmp_path):
+    shutil.copytree(run, tmp_path / "moved" / "other")
+    message = refuse("search", study, "name=other", f"output={tmp_path / 'moved'}")
+    assert re.search(
+        r"moved/other: was begun with other settings \(name: 'tiny' -> 'other'\); a run's folder "
+        r"is called as its study, so rename both back, or use --force",
+        message,
+    )
+
+
 def test_a_resumed_run_takes_what_may_change(study, call, tmp_path):
     assert call("search", study, *QUICK)[0] == 0
     code, out, err = call(
