@@ -403,7 +403,7 @@ def mixer_config(choices: Mapping[str, Any], *, where: str = "candidate") -> Mix
     name = choices["mixer"]
     options = {option: value for option, value in choices.items() if option != "mixer"}
     cls = MIXERS.get(name)
-    if not issubclass(cls, MixerConfig):
+    if not (isinstance(cls, type) and issubclass(cls, MixerConfig)):
         raise ConfigError(
             f"{where}.mixer: what {MIXERS.origin(name)} registers as {name!r} must be a MixerConfig"
         )

@@ -7,6 +7,7 @@ gradients, padding, long sequences, two types.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from mohawk_nas.errors import MixerError
 from mohawk_nas.mixer import MIXERS, AttentionView, Mixer, MixerConfig, MixerState
-from mohawk_nas.registry import is_users, line_of
+from mohawk_nas.precision import computing_in, run_mixer
+from mohawk_nas.registry import in_one_line, is_users, line_of
 
 __all__ = ["check_mixer", "tried"]
 
@@ -24,34 +26,30 @@ T = TypeVar("T")
 
 BATCH, TOKENS = 2, 9
 
-TOLERANCE = 1e-2
-"""Relative to the largest value, of what should be equal. Kernels round; mistakes are larger."""
-
-
-def _check_costs(config: MixerConfig, view: AttentionView) -> None:
-    context = 8
-    for name, ask in {
-        "num_params": lambda: config.num_params(view),
-        "flops_per_token": lambda: config.flops_per_token(view, context),
-        "state_bytes": lambda: config.state_bytes(view, batch=BATCH, context=context),
-    }.items():
-        found = tried(config, name, ask)
-        if not isinstance(found, int) or isinstance(found, bool) or found < 0:
-            raise _wrong(config, f"{name} must be a whole number, at least 0, but is {found!r}")
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Type -> relative to the largest value, of what should be equal. Kernels round; mistakes are of
+the size of the values."""
 
 
 def check_mixer(
-    config: MixerConfig, view: AttentionView, *, factors: bool, device: torch.device
+    config: MixerConfig,
+    view: AttentionView,
+    *,
+    factors: bool,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> None:
     """Build a user's mixer for a layer and run it on a few tokens of noise.
 
-    A mixer of the package itself is taken as tested.
+    A mixer of the package itself is taken as tested. One whose kernels need a GPU is only built
+    where there is none, as is one with parts of a teacher that is not loaded.
 
     Args:
         config: The candidate.
         view: The layer; it may stand on the meta device, since weights start at random here.
         factors: Whether stage 1 will ask for factors of the matrix, if it offers any.
         device: Where to run.
+        dtype: Of the teacher's weights; None does not run it.
 
     Raises:
         MixerError: It does not keep the contract of :class:`mohawk_nas.mixer.Mixer`.
@@ -65,24 +63,38 @@ def check_mixer(
         hidden = torch.randn(BATCH, TOKENS, view.d_model)
     if not isinstance(mixer, Mixer):
         raise _wrong(config, f"build must make a Mixer, but makes {_shown(mixer)}")
-    if (count := sum(p.numel() for p in mixer.parameters())) != config.num_params(view):
-        raise _wrong(
-            config,
-            f"num_params must be {count:,}, as many as are built, but is "
-            f"{config.num_params(view):,}",
-        )
+    count, told = sum(p.numel() for p in mixer.parameters()), config.num_params(view)
+    if count != told:
+        raise _wrong(config, f"num_params must be {count:,}, as many as are built, but is {told:,}")
     heads = getattr(mixer, "num_heads", None)
     if not isinstance(heads, int) or heads < 1:
         raise _wrong(config, f"its mixer's num_heads must be a number of heads, but is {heads!r}")
-    if any(t.is_meta for t in mixer.state_dict().values()):
-        # Parts of the teacher's that are not loaded cannot be run.
+    if dtype is None or any(t.is_meta for t in [*mixer.parameters(), *mixer.buffers()]):
         return
-    mixer, hidden = mixer.float().to(device).eval(), hidden.to(device)
-    _check_training(config, mixer, hidden, view, factors=factors)
-    with torch.no_grad():
-        whole = mixer(hidden)
-        _check_causality(config, mixer, hidden, whole)
-        _check_states(config, mixer, hidden, whole, view)
+    try:
+        mixer, hidden = mixer.float().to(device), hidden.to(device, dtype)
+        _check_training(config, mixer, hidden, view, factors=factors)
+        with torch.no_grad():
+            _check_decoding(config, mixer.to(dtype).eval(), hidden, view)
+    except MixerError as e:
+        why = str(e.__cause__ or "")
+        needs_gpu = device.type == "cpu" and re.search(r"cuda|triton|\bgpu", why, re.IGNORECASE)
+        if not needs_gpu and "meta tensor" not in why and "device meta" not in why:
+            raise
+
+
+def _check_costs(config: MixerConfig, view: AttentionView) -> None:
+    context = 8
+    for name, ask in {
+        "num_params": lambda: config.num_params(view),
+        "flops_per_token": lambda: config.flops_per_token(view, context),
+        "state_bytes": lambda: config.state_bytes(
+            view, batch=BATCH, context=context, bytes_per_element=2
+        ),
+    }.items():
+        found = tried(config, name, ask)
+        if not isinstance(found, int) or isinstance(found, bool) or found < 0:
+            raise _wrong(config, f"{name} must be a whole number, at least 0, but is {found!r}")
 
 
 def _check_training(
@@ -90,44 +102,39 @@ def _check_training(
 ) -> None:
     mask = torch.ones(BATCH, TOKENS, dtype=torch.bool, device=hidden.device)
     mask[1, :4] = False
-    output = tried(config, "forward", lambda: mixer(hidden))
-    _check_tensor(config, "forward", output, (BATCH, TOKENS, view.d_model), dtype=torch.float32)
-    padded = tried(config, "forward with a mask", lambda: mixer(hidden, mask=mask))
-    _check_tensor(config, "forward with a mask", padded[mask], (int(mask.sum()), view.d_model))
-    tried(config, "backward", output.square().sum().backward)
-    with torch.no_grad():
-        values = tried(config, "values", lambda: mixer.values(hidden))
-        _check_tensor(config, "values", values, (BATCH, mixer.num_heads, TOKENS, None))
-        read = tried(config, "readout", lambda: mixer.readout(values, hidden))
-        _check_tensor(config, "readout", read, (BATCH, TOKENS, view.d_model))
-        if factors and type(mixer).factors is not Mixer.factors:
-            found: Any = tried(config, "factors", lambda: mixer.factors(hidden))
-            for name, width in (("c", (None,)), ("b", (None,)), ("log_decay", ())):
-                tensor = getattr(found, name, None)
-                where, shape = f"factors().{name}", (BATCH, mixer.num_heads, TOKENS, *width)
-                _check_tensor(config, where, tensor, shape)
+    shape = (BATCH, TOKENS, view.d_model)
+    for what, given in (("forward", None), ("forward with a mask", mask)):
+        output = tried(config, what, partial(run_mixer, mixer, hidden, mask=given))
+        _check_tensor(config, what, output, shape, at=given, dtype=hidden.dtype)
+        real = output if given is None else output[given]
+        tried(config, "backward", real.float().square().sum().backward)
+    if not factors or type(mixer).factors is Mixer.factors:
+        return
+    with torch.no_grad(), computing_in(hidden.dtype, hidden.device):
+        found: Any = tried(config, "factors", lambda: mixer.factors(hidden, mask=mask))
+        for name, width in (("c", (None,)), ("b", (None,)), ("log_decay", ())):
+            parts = (BATCH, mixer.num_heads, TOKENS, *width)
+            _check_tensor(config, f"factors().{name}", getattr(found, name, None), parts)
 
 
-def _check_causality(config: MixerConfig, mixer: Mixer, hidden: Tensor, whole: Tensor) -> None:
+def _check_decoding(config: MixerConfig, mixer: Mixer, hidden: Tensor, view: AttentionView) -> None:
+    shape, dtype = (BATCH, TOKENS, view.d_model), hidden.dtype
+    whole = tried(config, "forward", lambda: mixer(hidden))
+    _check_tensor(config, "forward", whole, shape, dtype=dtype)
     changed = hidden.clone()
     changed[:, -1] = -2 * changed[:, -1]
     _check_equal(
         config,
         "forward must be causal: the output of a token must not depend on later ones",
-        mixer(changed)[:, :-1],
+        tried(config, "forward", lambda: mixer(changed))[:, :-1],
         whole[:, :-1],
     )
-
-
-def _check_states(
-    config: MixerConfig, mixer: Mixer, hidden: Tensor, whole: Tensor, view: AttentionView
-) -> None:
-    state = tried(config, "new_state", mixer.new_state)
-    parts = [hidden[:, :6], hidden[:, 6:7], hidden[:, 7:8], hidden[:, 8:]]
-    outputs = [
-        tried(config, "forward with a cache", partial(mixer, part.contiguous(), cache=state))
-        for part in parts
-    ]
+    state, outputs = tried(config, "new_state", mixer.new_state), []
+    for part in (hidden[:, :6], hidden[:, 6:7], hidden[:, 7:8], hidden[:, 8:]):
+        call = partial(mixer, part.contiguous(), cache=state)
+        outputs.append(tried(config, "forward with a cache", call))
+        size = (BATCH, part.shape[1], view.d_model)
+        _check_tensor(config, "forward with a cache", outputs[-1], size, dtype=dtype)
     _check_equal(
         config,
         "forward with a cache must continue where the state stands: a prompt and three tokens one "
@@ -135,18 +142,20 @@ def _check_states(
         torch.cat(outputs, dim=1),
         whole,
     )
-    if (seen := state.get_seq_length()) != TOKENS:
+    if (seen := tried(config, "get_seq_length", state.get_seq_length)) != TOKENS:
         raise _wrong(
             config, f"its state must have counted {TOKENS} tokens (num_tokens), but has {seen}"
         )
     if isinstance(state, MixerState):
         held = state.num_bytes()
-        told = config.state_bytes(view, batch=BATCH, context=TOKENS, bytes_per_element=4)
+        told = config.state_bytes(
+            view, batch=BATCH, context=TOKENS, bytes_per_element=dtype.itemsize
+        )
         if held != told:
             raise _wrong(
                 config,
                 f"state_bytes must be {held:,}, as many as are held after {TOKENS} tokens of "
-                f"{BATCH} sequences in float32, but is {told:,}",
+                f"{BATCH} sequences in {dtype}, but is {told:,}",
             )
 
 
@@ -156,6 +165,7 @@ def _check_tensor(
     found: object,
     shape: tuple[int | None, ...],
     *,
+    at: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     fits = (
@@ -171,14 +181,14 @@ def _check_tensor(
             config, f"{what} must give a tensor ({wanted}){of} here, but gives {_shown(found)}"
         )
     assert isinstance(found, Tensor)
-    if not bool(torch.isfinite(found).all()):
+    if not bool(torch.isfinite(found if at is None else found[at]).all()):
         raise _wrong(config, f"{what} must be finite on finite input, but holds nan or inf")
 
 
 def _check_equal(config: MixerConfig, what: str, found: Tensor, wanted: Tensor) -> None:
     error, most = (found - wanted).abs().max().item(), wanted.abs().max().item()
     # Written so that nan fails.
-    if not error <= TOLERANCE * most:
+    if not error <= TOLERANCE[wanted.dtype] * most:
         raise _wrong(config, f"{what}, but it differs by {error:.2g} of {most:.2g}")
 
 
@@ -196,15 +206,15 @@ def tried(config: MixerConfig, what: str, call: Callable[[], T]) -> T:
     """
     try:
         return call()
-    except MixerError:
+    except (MixerError, torch.OutOfMemoryError):
         raise
     except Exception as e:
-        reason = " ".join(f"{type(e).__name__}: {e}".split())
         line = line_of(type(config), e)
         where = f" in line {line}" if line else ""
-        raise _wrong(config, f"{what} failed{where}: {reason}") from e
+        raise _wrong(config, f"{what} failed{where}: {in_one_line(e)}") from e
 
 
 def _wrong(config: MixerConfig, text: str) -> MixerError:
     name = MIXERS.name_of(type(config))
-    return MixerError(f"mixer {name} ({MIXERS.origin(name).rpartition(':')[0]}): {text}")
+    file = MIXERS.origin(name).rpartition(":")[0] or type(config).__module__
+    return MixerError(f"mixer {name} ({file}): {text}")

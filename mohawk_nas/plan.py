@@ -45,11 +45,12 @@ def find_problems(config: StudyConfig) -> list[str]:
     _collect(problems, lambda: load_candidates(config.space))
     problems += check_pins(config.space)
     space_ok = len(problems) == before
-    device = torch.device("cpu")
+    device, device_ok = torch.device("cpu"), True
     try:
         device = pick_device(config.teacher.device)
     except TeacherError as e:
         problems.append(str(e))
+        device_ok = False
     _collect(problems, lambda: find_parts(config.data))
     problems += _misplaced_folders(config)
     problems += check_needs(config)
@@ -67,7 +68,9 @@ def find_problems(config: StudyConfig) -> list[str]:
             "itself does not have, so a student of it could not be saved; name a teacher of a type "
             "that it has"
         )
-    _collect(problems, lambda: check_tokenizer(load_tokenizer(config.teacher), teacher))
+    if Path(config.teacher.tokenizer or config.teacher.source).is_dir():
+        # One of the hub is asked for when the weights are.
+        _collect(problems, lambda: check_tokenizer(load_tokenizer(config.teacher), teacher))
     problems += _guide_problems(config, teacher)
     if config.data.block_size > teacher.context:
         problems.append(
@@ -82,7 +85,11 @@ def find_problems(config: StudyConfig) -> list[str]:
     )
     if not space:
         return problems + check_search(config.search)
-    misfits = _misfits(config, teacher, space[0], device)
+    # On another device than the study's it may not run.
+    dtype = teacher_dtype(config.teacher, device) if device_ok else None
+    wrong = _wrong_mixers(config, teacher, space[0], device=device, dtype=dtype)
+    problems += wrong
+    misfits = _misfits(config, teacher, space[0]) if not wrong else []
     if config.layout is not None:
         try:
             space[0].parse(config.layout)
@@ -90,12 +97,12 @@ def find_problems(config: StudyConfig) -> list[str]:
             problems.append(f"layout: {e}")
         return problems + misfits
     budget = None
-    try:
-        # A mixer that is wrong may not know its costs either.
-        if not misfits:
+    # A mixer that is wrong need not know what it costs.
+    if not wrong:
+        try:
             budget = _known_budget(config, teacher, space[0], device)
-    except InputError as e:
-        misfits.append(str(e))
+        except InputError as e:
+            misfits += [str(e)] if str(e) not in misfits else []
     problems += check_search(config.search, space=space[0], budget=budget)
     return problems + misfits
 
@@ -170,30 +177,55 @@ def _misplaced_folders(config: StudyConfig) -> list[str]:
     return problems
 
 
-def _misfits(
-    config: StudyConfig, teacher: Teacher, space: SearchSpace, device: torch.device
+def _wrong_mixers(
+    config: StudyConfig,
+    teacher: Teacher,
+    space: SearchSpace,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> list[str]:
+    """What is wrong with mixers of the user's own."""
+    problems = []
+    for name in space.replacements:
+        try:
+            check_mixer(
+                space.candidates[name],
+                teacher.views[0],
+                factors=_needs_factors(config),
+                device=device,
+                dtype=dtype,
+            )
+        except MixerError as e:
+            problems.append(f"space.candidates.{name}: {e}")
+    return problems
+
+
+def _misfits(config: StudyConfig, teacher: Teacher, space: SearchSpace) -> list[str]:
+    """Mixers that do not fit the teacher, or the stages."""
     problems: list[str] = []
-    # A layout of one's own may do without the bank.
-    stage = "bank" if config.distill.start == "bank" else "distill"
-    needs_factors = getattr(config, stage).matrix.tokens > 0
     for name in space.replacements:
 
         def build(name: str = name) -> None:
-            candidate, view = space.candidates[name], teacher.views[0]
-            try:
-                check_mixer(candidate, view, factors=needs_factors, device=device)
-            except MixerError as e:
-                raise ConfigError(f"space.candidates.{name}: {e}") from e
             mixer = _on_meta(space, teacher, name)
-            if needs_factors and type(mixer).factors is Mixer.factors:
+            if _needs_factors(config) and type(mixer).factors is Mixer.factors:
                 raise ConfigError(
                     f"space.candidates.{name}: {type(mixer).__name__} offers no matrix factors, so "
-                    f"stage 1 cannot train it; set {stage}.matrix.tokens to 0"
+                    f"stage 1 cannot train it; set {_stage(config)}.matrix.tokens to 0"
                 )
 
         _collect(problems, build)
     return problems
+
+
+def _stage(config: StudyConfig) -> str:
+    # A layout of one's own may do without the bank.
+    return "bank" if config.distill.start == "bank" else "distill"
+
+
+def _needs_factors(config: StudyConfig) -> bool:
+    tokens: int = getattr(config, _stage(config)).matrix.tokens
+    return tokens > 0
 
 
 def _on_meta(space: SearchSpace, teacher: Teacher, name: str) -> Mixer:

@@ -19,7 +19,6 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from mohawk_nas.errors import ConfigError, MohawkError, RegistryError, did_you_mean
@@ -144,7 +143,7 @@ class Registry(Generic[T]):
                 raise RegistryError(
                     f"{self.kind} {name!r}: its entry point {point.value}"
                     f"{f' of {point.dist.name}' if point.dist else ''} cannot be imported: "
-                    f"{_in_one_line(e)}"
+                    f"{in_one_line(e)}"
                 ) from e
             self.register(name)(item)
 
@@ -177,14 +176,20 @@ def load_plugin(path: Path) -> None:
     # A script that ends itself is no plugin either.
     except (Exception, SystemExit) as e:
         del sys.modules[name]
-        raise ConfigError(f"plugins: importing {path} failed: {_in_one_line(e)}") from e
+        raise ConfigError(f"plugins: importing {path} failed: {in_one_line(e)}") from e
 
 
 def line_of(item: type[Any], error: BaseException) -> int | None:
     """The last line of the file of a user's class that led to an error."""
-    file = inspect.getsourcefile(item)
+    file = getattr(inspect.getmodule(item), "__file__", None)
     frames = traceback.extract_tb(error.__traceback__)
     return next((f.lineno for f in reversed(frames) if f.filename == file), None)
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, and of which kind it is unless it is one of the package's own."""
+    reason = " ".join(str(error).split())
+    return reason if isinstance(error, MohawkError) else f"{type(error).__name__}: {reason}"
 
 
 def is_users(item: type[Any]) -> bool:
@@ -198,77 +203,65 @@ def is_plugin(item: type[Any]) -> bool:
 
 
 def text_digest(item: type[Any]) -> str:
-    """Digest of the text that a user's class comes from.
-
-    That is its file, and what this imports of its own package or of files that lie beside it.
-    """
-    home = inspect.getmodule(item)
-    if home is None or not getattr(home, "__file__", None):
-        return hashlib.sha256(inspect.getsource(item).encode()).hexdigest()[:16]
-    first, *others = (inspect.getsource(module) for module in [home, *helpers(item)])
-    digest = hashlib.sha256(first.encode())
-    for text in others:
-        digest.update(hashlib.sha256(text.encode()).digest())
+    """Digest of the text that a user's class comes from: its file's and that of its helpers."""
+    source = inspect.getsource(inspect.getmodule(item) or item)
+    digest = hashlib.sha256(source.encode())
+    for path in helpers(item):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 
-def helpers(item: type[Any]) -> list[ModuleType]:
-    """Modules that a user's class imports, however indirectly, and that are the user's as well.
+def helpers(item: type[Any]) -> list[Path]:
+    """Files of a user's own that the file of a user's class imports, however indirectly, sorted.
 
-    They are of the class's own package, or files or packages in the folder of its file. Sorted by
-    name.
+    They are of the class's own package, or lie beside a file that is named under ``plugins``. What
+    is imported is read in the files, so that the answer does not depend on what has run.
     """
     home = inspect.getmodule(item)
     if home is None or not getattr(home, "__file__", None):
         return []
-    found, left = {home.__name__: home}, [home]
+    first = Path(str(home.__file__)).resolve()
+    # From the folder that holds its package.
+    up = home.__name__.count(".") + (first.stem == "__init__")
+    package = "" if is_plugin(item) else home.__name__.partition(".")[0]
+    if package and not up:
+        # A module by itself, in a folder that it shares with all that is installed.
+        return []
+    root = [first.parent, *first.parent.parents][up]
+    found, left = {first}, [first]
     while left:
-        for module in _imported(left.pop()):
-            if module.__name__ not in found and _belongs(module, home):
-                found[module.__name__] = module
-                left.append(module)
-    del found[home.__name__]
-    return [module for _, module in sorted(found.items())]
+        for path in _imported(left.pop(), root=root, package=package):
+            if path not in found:
+                found.add(path)
+                left.append(path)
+    return sorted(found - {first})
 
 
-def _imported(module: ModuleType) -> Iterator[ModuleType]:
+def _imported(path: Path, *, root: Path, package: str) -> Iterator[Path]:
+    """Files below ``root`` that a file imports; of one package only, if that is named."""
     try:
-        tree = ast.parse(inspect.getsource(module))
-    except (OSError, TypeError):
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
         return
-    package = module.__spec__.parent if module.__spec__ else None
-    names: list[str] = []
+    here = path.relative_to(root).parts[:-1]
+    names: list[tuple[str, ...]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            names += [tuple(alias.name.split(".")) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
+            base = tuple((node.module or "").split(".")) if node.module else ()
             if node.level:
-                base = importlib.util.resolve_name("." * node.level + base, package)
+                if node.level > len(here):
+                    continue
+                base = here[: len(here) - node.level + 1] + base
             # What is imported of a package may be one of its modules.
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+            names += [base, *((*base, alias.name) for alias in node.names)]
     for name in names:
-        if isinstance(there := sys.modules.get(name), ModuleType):
-            yield there
-
-
-def _belongs(module: ModuleType, home: ModuleType) -> bool:
-    if not getattr(module, "__file__", None):
-        return False
-    package = home.__name__.partition(".")[0]
-    if "." in home.__name__ and module.__name__.partition(".")[0] == package:
-        return True
-    top = sys.modules.get(module.__name__.partition(".")[0], module)
-    if not getattr(top, "__file__", None):
-        return False
-    path = Path(str(top.__file__)).resolve()
-    folder = path.parent.parent if path.stem == "__init__" else path.parent
-    return folder == Path(str(home.__file__)).resolve().parent
-
-
-def _in_one_line(error: BaseException) -> str:
-    reason = " ".join(str(error).split())
-    return reason if isinstance(error, MohawkError) else f"{type(error).__name__}: {reason}"
+        if not name or name[0] == "mohawk_nas" or (package and name[0] != package):
+            continue
+        for there in (root.joinpath(*name).with_suffix(".py"), root.joinpath(*name, "__init__.py")):
+            if there.is_file():
+                yield there
 
 
 def _origin(item: type[Any]) -> str:

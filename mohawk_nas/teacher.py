@@ -406,10 +406,10 @@ def check_vocabularies(guide: Teacher, teacher: Teacher) -> None:
 
 
 def check_tokenizer(tokenizer: Any, teacher: Teacher) -> None:
-    """Make sure that a teacher has a tokenizer, and that this knows no more tokens than it does.
+    """Make sure that a teacher has a tokenizer, and that this fits it.
 
     Raises:
-        TeacherError: There is none, or it does.
+        TeacherError: There is none, or its vocabulary is larger than the teacher's.
     """
     if tokenizer is None:
         raise TeacherError(
@@ -417,7 +417,10 @@ def check_tokenizer(tokenizer: Any, teacher: Teacher) -> None:
             "that has one"
         )
     rows = teacher.model.get_input_embeddings().num_embeddings
-    if (most := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+    # Gemma 3's and others' tokenizers add tokens, for images or padding, that the model has not.
+    added = tokenizer.get_added_vocab()
+    known = (number for token, number in tokenizer.get_vocab().items() if token not in added)
+    if (most := max(known, default=0)) >= rows:
         raise TeacherError(
             f"teacher.tokenizer: numbers tokens up to {most:,}, but {teacher.source} knows only "
             f"{rows:,}; name the tokenizer that it was trained with"
@@ -579,7 +582,7 @@ def _unreadable(source: str, error: Exception) -> str:
 
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {textwrap.shorten(text, 300, placeholder=' ...')}"
+    return f"{type(error).__name__}: {textwrap.shorten(text, 250, placeholder=' ...')}"
 
 
 _FUNCTION = (

@@ -620,8 +620,8 @@ def test_scoring_leaves_the_run_as_it_was(run, study, call):
 def test_a_distillation_with_other_settings(run, refuse, call):
     message = refuse("distill", run, "distill.logits.lr=1e-5", "distill.logits.tokens=128")
     assert message == (
-        f"{run}/distill: holds a distillation with other settings (distill.logits.lr: 0.0001 -> "
-        "1e-05; distill.logits.tokens: 256 -> 128). Without the change it goes on; for another one "
+        f"{run}/distill: holds a distillation with other settings (distill.logits.lr: 0.0003 -> "
+        "1e-05; distill.logits.tokens: 640 -> 128). Without the change it goes on; for another one "
         "beside it give the study another name, or use --force to set this one aside"
     )
     before = contents(run / "distill")

@@ -279,6 +279,47 @@ def test_its_mistakes_are_told_before_anything_is_trained(
     assert "space.candidates.mine: " in err
 
 
+@pytest.mark.parametrize(
+    ("there", "instead", "options"),
+    [
+        # Its kernels take the teacher's type alone.
+        (
+            "values = self.values(hidden, mask=mask)\n",
+            "values = self.values(hidden, mask=mask)\n"
+            "        assert values.dtype == torch.bfloat16\n",
+            ["teacher.dtype=bfloat16"],
+        ),
+        # It has no matrix, and stage 1 asks for none.
+        (
+            "        shape = (hidden.shape[0], self.num_heads, hidden.shape[1])",
+            "        raise NotImplementedError",
+            ["bank.matrix.tokens=0", "distill.matrix.tokens=0"],
+        ),
+        # It holds parts of the teacher, which is not loaded yet.
+        (
+            "self.num_heads = num_heads\n",
+            "self.num_heads = num_heads\n"
+            "        part = torch.ones(1, device='meta')\n"
+            "        self.register_buffer('part', part, persistent=False)\n",
+            [],
+        ),
+        # It needs a GPU, and this is where the study is planned.
+        (
+            "values = self.values(hidden, mask=mask)\n",
+            "raise RuntimeError('needs CUDA')\n",
+            [],
+        ),
+    ],
+)
+def test_what_is_no_mistake_is_none(there, instead, options, write, tmp_path, capsys):
+    study, plugin = write(mine=MINE), tmp_path / "moving_average.py"
+    text = plugin.read_text()
+    assert there in text
+    plugin.write_text(text.replace(there, instead, 1))
+    code, _, err = call(capsys, "validate", study, *options)
+    assert code == 0, err
+
+
 def test_it_may_be_of_several_files_but_then_is_not_exported(write, tmp_path, monkeypatch, capsys):
     study, plugin = write(mine=MINE), tmp_path / "moving_average.py"
     text = plugin.read_text().replace("F.logsigmoid", "beside_it.logsigmoid")

@@ -1,11 +1,14 @@
+import hashlib
+import importlib
 import importlib.metadata
 import sys
 import textwrap
+import types
 
 import pytest
 
 from mohawk_nas.errors import ConfigError, RegistryError
-from mohawk_nas.registry import Registry, load_plugin
+from mohawk_nas.registry import Registry, helpers, load_plugin, text_digest
 
 MODULE = """
 from {package} import THINGS
@@ -182,6 +185,71 @@ def test_a_plugin_takes_part(things, tmp_path):
     # Named again, by another path: it is imported once.
     load_plugin(tmp_path / ".." / tmp_path.name / "mine.py")
     assert things.get("mine") is first
+
+
+def digest_of(path):
+    """Of a class in a plugin, as in a process that has not read it."""
+    load_plugin(path)
+    (module,) = [m for m in sys.modules.values() if getattr(m, "__file__", None) == str(path)]
+    del sys.modules[module.__name__]
+    item = types.new_class("Item", exec_body=lambda body: body.update(__module__=module.__name__))
+    sys.modules[module.__name__] = module
+    try:
+        return text_digest(item), [file.name for file in helpers(item)]
+    finally:
+        del sys.modules[module.__name__]
+
+
+def test_a_class_is_told_by_its_files(tmp_path):
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("import json\nfrom mohawk_nas.errors import ConfigError\n")
+    # What lies beside it and is not imported, or is the package itself, is not its own.
+    (tmp_path / "other.py").touch()
+    (tmp_path / "mohawk_nas").mkdir()
+    (tmp_path / "mohawk_nas" / "errors.py").touch()
+    alone = digest_of(plugin)
+    assert alone == (hashlib.sha256(plugin.read_bytes()).hexdigest()[:16], [])
+
+    plugin.write_text("def later():\n    from parts import one\n    from .x import y\n")
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (parts / "__init__.py").touch()
+    (parts / "one.py").write_text("from . import two\nimport parts.one\n")
+    (parts / "two.py").write_text("from ..over import the_top\nimport torch\n")
+    (parts / "three.py").write_text("not even Python")
+    before = digest_of(plugin)
+    assert before[1] == ["__init__.py", "one.py", "two.py"]
+    (parts / "three.py").touch()
+    assert digest_of(plugin) == before
+    (parts / "two.py").write_text("import torch\n")
+    assert digest_of(plugin) != before
+
+
+def test_a_class_of_a_package_is_told_by_what_it_imports_of_that(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "a_package_of_mine"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "inner" / "__init__.py").write_text("from ..above import x\nimport beside_it\n")
+    (package / "above.py").write_text("x = 1\n")
+    (package / "mixer.py").write_text("from .inner import x\n\n\nclass Item: pass\n")
+    (tmp_path / "beside_it.py").touch()
+    try:
+        item = importlib.import_module("a_package_of_mine.mixer").Item
+        names = [str(file.relative_to(package)) for file in helpers(item)]
+        assert names == ["above.py", "inner/__init__.py"]
+        (package / "__init__.py").write_text("from .mixer import Item\n")
+        monkeypatch.setattr(item, "__module__", "a_package_of_mine")
+        sys.modules["a_package_of_mine"].__file__ = str(package / "__init__.py")
+        assert "mixer.py" in [file.name for file in helpers(item)]
+        # A module by itself lies among all that is installed.
+        alone = importlib.import_module("beside_it")
+        (tmp_path / "beside_it.py").write_text("import a_package_of_mine\n")
+        monkeypatch.setattr(item, "__module__", alone.__name__)
+        assert helpers(item) == []
+    finally:
+        for name in [n for n in sys.modules if n.startswith(("a_package_of_mine", "beside_it"))]:
+            del sys.modules[name]
 
 
 def test_plugins_of_one_name_in_two_folders(things, tmp_path):

@@ -323,7 +323,7 @@ def _check_losses(trainer: LayerTrainer) -> None:
     for job in trainer.jobs:
         if not job.loss_count:
             why = f"lower the stage's lr (now {trainer.stage.config.lr})"
-            if not job.losses:
+            if all(stage != trainer.stage.name for stage, _, _ in job.losses):
                 why = "it never was one, so what the mixer starts from is at fault"
             raise TrainingError(
                 f"{job.name}: its loss must be a number when stage {trainer.stage.name} ends, but "

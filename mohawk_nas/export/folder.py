@@ -138,8 +138,8 @@ def _check_helpers(mixers: Iterable[str]) -> None:
         if is_plugin(item) and (needed := helpers(item)):
             raise ExportError(
                 f"{MIXERS.origin(name)}: a mixer under `plugins` must be one file to be exported, "
-                f"but this one imports {', '.join(str(m.__file__) for m in needed)}; put them into "
-                "it, or install them as a package that names the mixer in an entry point"
+                f"but this one imports {', '.join(map(str, needed))}; put them into it, "
+                "or install them as a package that names the mixer in an entry point"
             )
 
 

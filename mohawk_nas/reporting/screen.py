@@ -382,7 +382,7 @@ def _mixer_note(name: str) -> str:
     except RegistryError as e:
         # One that another package names wrongly hides none of the rest.
         return str(e)
-    return f"{item.symbol}  {_first_line(item)}"
+    return f"{getattr(item, 'symbol', '?')}  {_first_line(item)}"
 
 
 def _strategy_note(name: str) -> str:

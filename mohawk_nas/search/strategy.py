@@ -304,7 +304,7 @@ def build_strategy(choice: str | Mapping[str, Any], *, where: str = "strategy") 
                 for option in fixed
             ]
         )
-    if not issubclass(cls, Strategy):
+    if not (isinstance(cls, type) and issubclass(cls, Strategy)):
         raise ConfigError(
             f"{where}: what {STRATEGIES.origin(name)} registers as {name!r} must be a Strategy"
         )

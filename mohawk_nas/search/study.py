@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mohawk_nas.config import SearchConfig, StudyConfig, short_recipe
-from mohawk_nas.errors import ConfigError, LayoutError, MohawkError, RegistryError, did_you_mean
+from mohawk_nas.errors import ConfigError, LayoutError, RegistryError, did_you_mean
 from mohawk_nas.layout import Layout
-from mohawk_nas.registry import is_users, line_of
+from mohawk_nas.registry import in_one_line, is_users, line_of
 from mohawk_nas.reporting import SILENT, Reporter, Task
 from mohawk_nas.search.budget import Budget
 from mohawk_nas.search.leases import DEFAULT_PACE, Pace, Worker
@@ -71,6 +71,19 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+# Of a program. What a storage, a disk or a GPU raises while a strategy has a layout scored is not
+# among them.
+_MISTAKES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
 
 Provenance = Callable[[Layout], Mapping[str, Any]]
 
@@ -416,7 +429,12 @@ class _Study:
         context = self._context(entry, looked, task)
         named = _answer(selector, lambda: list(selector.layouts(context)))
         for pair in named:
-            if not (isinstance(pair, tuple) and list(map(type, pair)) == [str, Layout]):
+            if not (
+                isinstance(pair, Sequence)
+                and len(pair) == 2
+                and isinstance(pair[0], str)
+                and isinstance(pair[1], Layout)
+            ):
                 raise RegistryError(
                     f"strategy {selector.label!r} must name pairs of a label and a Layout, but "
                     f"names {pair!r}"
@@ -567,15 +585,14 @@ def _answer(strategy: Strategy, ask: Callable[[], T]) -> T:
     """What a strategy answers; where a user's own fails, its name and line are told."""
     try:
         return ask()
-    except MohawkError:
-        raise
-    except Exception as e:
+    except _MISTAKES as e:
         if not is_users(cls := type(strategy)):
             raise
-        line = line_of(cls, e)
-        where = f"{inspect.getsourcefile(cls)}{f', line {line}' if line else ''}"
-        reason = " ".join(f"{type(e).__name__}: {e}".split())
-        raise RegistryError(f"strategy {strategy.label!r} failed ({where}): {reason}") from e
+        file, line = getattr(inspect.getmodule(cls), "__file__", cls.__module__), line_of(cls, e)
+        where = f"{file}, line {line}" if line else file
+        raise RegistryError(
+            f"strategy {strategy.label!r} failed ({where}): {in_one_line(e)}"
+        ) from e
 
 
 def _begins(rung: Rung) -> str:
