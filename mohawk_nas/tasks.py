@@ -243,8 +243,8 @@ class TaskSuite:
         source = config.get("dataset_path")
         if name in self._local and self.data is not None and source is not None:
             return InputError(
-                f"{self.data / name}: rows must have the fields of the data set {source}, which "
-                f"the task {name} is made for, but they do not fit ({reason})"
+                f"{self.data / name}: the task {name} cannot be loaded with these rows, which must "
+                f"have the fields of the data set {source} ({reason})"
             )
         if source is None:
             return InputError(f"--tasks: the task {name} cannot be loaded ({reason})")
