@@ -245,7 +245,7 @@ class Mine(MixerConfig):
             r"mixer.py:4 .* imports omegaconf.errors;",
         ),
         ("from mohawk_nas import ranks", r"mixer.py:3 .* imports ranks from mohawk_nas;"),
-        ("from mohawk_nas import Mixer", r"Mixer from mohawk_nas; import it from the file that def"),
+        ("from mohawk_nas import Mixer", r"Mixer from mohawk_nas; import it from the file that"),
         ("import mohawk_nas.ranks", r"mixer.py:3 .* but imports mohawk_nas.ranks;"),
         (
             "from mohawk_nas.config import load_study",
