@@ -337,9 +337,13 @@ class Workbench:
 
     def students_at_once(self, recipe: LogitsConfig) -> int:
         """How many students the device has room for side by side, by a recipe of stage 3."""
+        return students_at_once(self.teacher.device, self.bytes_a_student(recipe))
+
+    def bytes_a_student(self, recipe: LogitsConfig) -> int:
+        """Memory that a student takes beside the teacher while it is trained by a recipe."""
         memory = count_student_memory(self.config, recipe, teacher=self.teacher)
         del memory["teacher's weights"]
-        return students_at_once(self.teacher.device, sum(memory.values()))
+        return sum(memory.values())
 
     def validation_figures(self, student: Any) -> dict[str, tuple[float, ...]]:
         """What rungs compare students by, in each block of the validation split.
@@ -368,7 +372,12 @@ class _Distiller:
     @property
     def at_once(self) -> int:
         self.scorer.release()
-        return self.bench.students_at_once(short_recipe(self.bench.config, 0))
+        return students_at_once(self.bench.teacher.device, self._bytes_a_student)
+
+    @cached_property
+    def _bytes_a_student(self) -> int:
+        # Asked for before each group of layouts, and counted in seconds where layers are many.
+        return self.bench.bytes_a_student(short_recipe(self.bench.config, 0))
 
     def __call__(self, layouts: Sequence[Layout], tokens: int, seed: int) -> list[Score]:
         bench, first = self.bench, self.bench.config.seed
