@@ -32,7 +32,7 @@ __all__ = [
     "load_tensors",
     "read_json",
     "save_tensors",
-    "telling_full_disk",
+    "telling_write_errors",
     "write_json",
 ]
 
@@ -60,7 +60,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     beside = _beside(path)
     try:
-        with telling_full_disk(path):
+        with telling_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield beside
             # Not every file system reports a full disk before the data are flushed.
@@ -87,7 +87,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     beside, old = _beside(path), _beside(path)
     try:
-        with telling_full_disk(path):
+        with telling_write_errors(path):
             beside.mkdir(parents=True)
             yield beside
             for file in beside.rglob("*"):
@@ -116,7 +116,7 @@ def _beside(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def telling_full_disk(path: Path) -> Iterator[None]:
+def telling_write_errors(path: Path) -> Iterator[None]:
     """Tell in one line that a path cannot be written, most often because the disk is full.
 
     Raises:
@@ -193,7 +193,7 @@ class RowFile:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; several processes may do so at once."""
-        with telling_full_disk(self.path):
+        with telling_write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)

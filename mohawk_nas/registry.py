@@ -18,6 +18,7 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -202,8 +203,12 @@ def is_plugin(item: type[Any]) -> bool:
     return item.__module__.startswith(_PLUGIN)
 
 
+@cache
 def text_digest(item: type[Any]) -> str:
-    """Digest of the text that a user's class comes from: its file's and that of its helpers."""
+    """Digest of the text that a user's class comes from: its file's and that of its helpers.
+
+    It is asked for at every trial, layer by layer, and a class stays what it was imported as.
+    """
     source = inspect.getsource(inspect.getmodule(item) or item)
     digest = hashlib.sha256(source.encode())
     for path in helpers(item):

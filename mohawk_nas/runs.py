@@ -167,12 +167,9 @@ def check_distill_dir(folder: Path, settings: dict[str, Any]) -> None:
         except DamagedFile as e:
             raise RunError(f"{e}; use --force to set {folder} aside and start anew") from e
         if old != settings:
-            changed = "; ".join(
-                f"{key}: {_at(old, key)!r} -> {_at(settings, key)!r}"
-                for key in _changed_keys(old, settings)
-            )
             raise RunError(
-                f"{folder}: holds a distillation with other settings ({changed}). Without the "
+                f"{folder}: holds a distillation with other settings "
+                f"({'; '.join(_changes(old, settings))}). Without the "
                 "change it goes on; for another one beside it give the study another name, or use "
                 "--force to set this one aside"
             )
@@ -228,17 +225,12 @@ def _some_names(folder: Path) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+def _changes(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """``setting: old -> new`` of all that differs."""
     if not isinstance(old, dict) or not isinstance(new, dict):
-        return [] if old == new else [prefix.rstrip(".")]
+        return [] if old == new else [f"{prefix.rstrip('.')}: {old!r} -> {new!r}"]
     keys = sorted({*old, *new})
-    return [k for key in keys for k in _changed_keys(old.get(key), new.get(key), f"{prefix}{key}.")]
-
-
-def _at(record: Any, key: str) -> Any:
-    for name in key.split("."):
-        record = record.get(name) if isinstance(record, dict) else None
-    return record
+    return [k for key in keys for k in _changes(old.get(key), new.get(key), f"{prefix}{key}.")]
 
 
 def set_aside(folder: Path) -> None:

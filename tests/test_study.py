@@ -537,50 +537,45 @@ class Mine({base}):
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("method", "answer", "message"),
     [
+        ("propose", "layouts[99]", r"failed \(.*mine.py, line 11\): IndexError: list"),
+        ("propose", "layouts[0]", r"must give a Proposal or None, but gives Layout\("),
         (
-            "layouts[99]",
-            r"strategy 'mine' failed \(.*mine.py, line 11\): IndexError: list",
-        ),
-        ("layouts[0]", r"strategy 'mine' must give a Proposal or None, but gives Layout\("),
-        (
+            "propose",
             "Proposal(layout=Layout(('x',) * 6), proposed_by='mine')",
-            r"strategy 'mine' proposed a layout that cannot be: layer 0: unknown candidate 'x'",
+            r"proposed a layout that cannot be: layer 0: unknown candidate 'x'",
         ),
         (
+            "propose",
             "Proposal(layout=Layout(('attention',) * 6), proposed_by='mine')",
-            r"strategy 'mine' proposed a layout that cannot be: the budget is exactly 2 attention",
+            r"proposed a layout that cannot be: the budget is exactly 2 attention",
         ),
-    ],
-)
-def test_a_users_strategy_is_told_of_its_mistakes(answer, message, tmp_path):
-    with (
-        plugged(tmp_path, base="Strategy", method="propose", answer=answer),
-        pytest.raises(RegistryError, match=message),
-    ):
-        run(6, 2, trials=4, strategy="mine")
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        ("None", r"strategy 'mine' failed \(.*mine.py\): TypeError: 'NoneType' object is not it"),
-        ("layouts", r"strategy 'mine' must name pairs of a label and a Layout, but names Layout\("),
-        ("[('mine', 'x')]", r"must name pairs of a label and a Layout, but names \('mine', 'x'\)"),
-        ("[('foo', layouts[0])]", r"'mine': its labels must begin with its own, but one is 'foo'"),
+        ("layouts", "None", r"failed \(.*mine.py\): TypeError: 'NoneType' object is not iterable"),
+        ("layouts", "layouts", r"must name pairs of a label and a Layout, but names Layout\("),
+        ("layouts", "[('mine', 'x')]", r"pairs of a label and a Layout, but names \('mine', 'x'\)"),
         (
+            "layouts",
+            "[('foo', layouts[0])]",
+            r": its labels must begin with its own, but one is 'foo'",
+        ),
+        (
+            "layouts",
             "[('mine', Layout(('attention',) * 6))]",
-            r"strategy 'mine' proposed a layout that cannot be: the budget is exactly 2 attention",
+            r"proposed a layout that cannot be: the budget is exactly 2 attention",
         ),
     ],
 )
-def test_a_users_selector_is_told_of_its_mistakes(answer, message, tmp_path):
+def test_a_users_strategy_is_told_of_its_mistakes(method, answer, message, tmp_path):
+    base, search = {
+        "propose": ("Strategy", {"strategy": "mine"}),
+        "layouts": ("Selector", {"baselines": ["mine"]}),
+    }[method]
     with (
-        plugged(tmp_path, base="Selector", method="layouts", answer=answer),
-        pytest.raises(RegistryError, match=message),
+        plugged(tmp_path, base=base, method=method, answer=answer),
+        pytest.raises(RegistryError, match=f"strategy 'mine'.*{message}"),
     ):
-        run(6, 2, trials=4, baselines=["mine"])
+        run(6, 2, trials=4, **search)
 
 
 @contextlib.contextmanager

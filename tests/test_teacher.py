@@ -547,10 +547,12 @@ def test_a_type_that_comes_with_its_own_code_runs_but_is_refused(folder, tmp_pat
         assert type(teacher.model).__name__ == "MyForCausalLM"
     study = make_study(tmp_path, teacher=settings)
     assert "guessed" not in str(count_student_memory(study, LogitsConfig(), teacher=teacher))
-    assert find_problems(study)[0] == (
+    assert find_problems(study) == [
         f"teacher.source: {folder} is of type 'my_llama', which transformers itself does not have, "
-        "so a student of it could not be saved; name a teacher of a type that it has"
-    )
+        "so a student of it could not be saved; name a teacher of a type that it has",
+        f"teacher.tokenizer: numbers tokens up to 4,095, but {folder} knows only 61; name the "
+        "tokenizer that it was trained with",
+    ]
 
 
 def test_an_architecture_file_stands_in_for_what_is_not_here(folder):

@@ -34,7 +34,7 @@ from mohawk_nas.files import (
     load_tensors,
     read_json,
     save_tensors,
-    telling_full_disk,
+    telling_write_errors,
     write_json,
 )
 from mohawk_nas.ranks import num_ranks, of_first, rank, wait_for_all
@@ -101,7 +101,7 @@ class Checkpoints:
             # Of the same step, which every run reaches with the same weights.
             return
         beside = self.folder / f".{path.name}"
-        with telling_full_disk(path):
+        with telling_write_errors(path):
             try:
                 save(state, checkpoint_id=beside)
             except CheckpointException as e:
