@@ -26,6 +26,20 @@ def test_rank_correlations_are_scipys_and_lie_in_their_intervals():
     assert str(statistics.spearman(truth, -truth)) == "-1.00 [-1.00, -1.00]"
 
 
+@pytest.mark.parametrize(
+    ("figure", "alone"),
+    [(statistics.spearman, stats.spearmanr), (statistics.kendall, stats.kendalltau)],
+)
+def test_intervals_are_those_of_samples_taken_one_by_one(figure, alone, monkeypatch):
+    monkeypatch.setattr(statistics, "REPEATS", 200)
+    score, truth = (values[:12].round(1) for values in sample())
+    rng = np.random.default_rng(3)
+    places = [rng.integers(12, size=12) for _ in range(200)]
+    drawn = [alone(score[some], truth[some]).statistic for some in places]
+    found = figure(score, truth, seed=3)
+    assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
+
+
 def test_an_interval_holds_the_truth_as_often_as_it_says():
     # Of a bivariate normal Spearman's correlation is 6/pi asin(r/2).
     expected = 6 / np.pi * np.arcsin(0.8 / 2)
