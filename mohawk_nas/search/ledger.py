@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
@@ -234,15 +234,14 @@ class Ledger:
             try:
                 for layout in layouts:
                     attrs = {
-                        "layout": layout.strip(self._space.symbols),
-                        "attention_layers": list(layout.attention_layers),
+                        **self._named(layout),
                         "rung": tokens,
                         "seed": seed,
                         "recipe": dict(recipe),
                         **leases.attrs(),
                     }
                     begun[layout] = storage.create_new_trial(
-                        self._rung_study, self._template(layout, attrs)
+                        self._rung_study, create_trial(state=TrialState.RUNNING, user_attrs=attrs)
                     )
                     beats.enter_context(leases.beating(begun[layout]))
                 for layout in layouts:
@@ -332,13 +331,18 @@ class Ledger:
         score: Callable[[], Score],
     ) -> bool:
         storage, leases = self._storage, self._leases
-        attrs = {
-            "layout": layout.strip(self._space.symbols),
-            "attention_layers": list(layout.attention_layers),
-            **attrs,
-            **leases.attrs(),
-        }
-        trial_id = storage.create_new_trial(study, self._template(layout, attrs))
+        # A parameter a layer takes a database several times as long as all else of a trial. So only
+        # trials have them, at which Optuna's own tools look.
+        params = self._params(layout) if study == self._trial_study else {}
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=params,
+            distributions={
+                name: CategoricalDistribution(tuple(self._space.candidates)) for name in params
+            },
+            user_attrs={**self._named(layout), **attrs, **leases.attrs()},
+        )
+        trial_id = storage.create_new_trial(study, template)
         try:
             with leases.beating(trial_id):
                 self.refresh()
@@ -456,23 +460,20 @@ class Ledger:
                 self.note("identity", dict(identity))
             self.note("settings", settings)
 
-    def _template(self, layout: Layout, attrs: dict[str, Any]) -> FrozenTrial:
+    def _named(self, layout: Layout) -> dict[str, Any]:
+        return {
+            "layout": layout.strip(self._space.symbols),
+            "attention_layers": list(layout.attention_layers),
+        }
+
+    def _params(self, layout: Layout) -> dict[str, str]:
         width = max(2, len(str(self._space.num_layers - 1)))
-        params: dict[str, Any] = {}
-        distributions: dict[str, BaseDistribution] = {}
-        for layer, candidate in enumerate(layout.candidates):
-            name = f"layer_{layer:0{width}d}.mixer"
-            params[name] = candidate
-            distributions[name] = CategoricalDistribution(tuple(self._space.candidates))
-        return create_trial(
-            state=TrialState.RUNNING,
-            params=params,
-            distributions=distributions,
-            user_attrs=attrs,
-        )
+        names = enumerate(layout.candidates)
+        return {f"layer_{layer:0{width}d}.mixer": candidate for layer, candidate in names}
 
     def _layout(self, frozen: FrozenTrial) -> Layout:
-        return Layout(tuple(frozen.params[name] for name in sorted(frozen.params)))
+        strip: str = frozen.user_attrs["layout"]
+        return Layout.parse(strip, num_layers=self._space.num_layers, symbols=self._space.symbols)
 
     def _enter(self, study: int, frozen: FrozenTrial) -> None:
         # Not always at the end: others finish some that were begun before those that are here.
