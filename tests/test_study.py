@@ -358,6 +358,16 @@ def test_optuna_can_open_the_study(tmp_path):
     assert attrs["score"]["tokens"] == 4096
 
 
+def test_what_is_no_trial_says_its_layout_in_words_alone(tmp_path):
+    found, _ = run(8, 2, trials=4, baselines=["swap_one"], run_dir=tmp_path)
+    storage = f"sqlite:///{tmp_path}/study.db"
+    probes = optuna.load_study(study_name="made-up.probes", storage=storage).trials
+    assert len(probes) == len(found.probes) > 0
+    assert not any(probe.params for probe in probes)
+    again, _ = run(8, 2, trials=4, baselines=["swap_one"], run_dir=tmp_path)
+    assert [p.layout for p in again.probes] == [p.layout for p in found.probes]
+
+
 def test_a_study_with_other_settings_is_refused_by_name(tmp_path):
     run(8, 2, trials=4, run_dir=tmp_path)
     for changed in ({"seed": 3}, {"strategy": "random"}, {"objective": {"stage2_local": 1.0}}):
