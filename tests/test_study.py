@@ -358,7 +358,7 @@ def test_optuna_can_open_the_study(tmp_path):
     assert attrs["score"]["tokens"] == 4096
 
 
-def test_what_is_no_trial_says_its_layout_in_words_alone(tmp_path):
+def test_what_is_no_trial_names_its_layout_without_parameters(tmp_path):
     found, _ = run(8, 2, trials=4, baselines=["swap_one"], run_dir=tmp_path)
     storage = f"sqlite:///{tmp_path}/study.db"
     probes = optuna.load_study(study_name="made-up.probes", storage=storage).trials

@@ -464,6 +464,7 @@ class Ledger:
         return {
             "layout": layout.strip(self._space.symbols),
             "attention_layers": list(layout.attention_layers),
+            "candidates": list(layout.candidates),
         }
 
     def _params(self, layout: Layout) -> dict[str, str]:
@@ -472,8 +473,10 @@ class Ledger:
         return {f"layer_{layer:0{width}d}.mixer": candidate for layer, candidate in names}
 
     def _layout(self, frozen: FrozenTrial) -> Layout:
-        strip: str = frozen.user_attrs["layout"]
-        return Layout.parse(strip, num_layers=self._space.num_layers, symbols=self._space.symbols)
+        params = frozen.params
+        # Probes and distillations of before have parameters in place of names.
+        names = [params[name] for name in sorted(params)] or frozen.user_attrs["candidates"]
+        return Layout(tuple(names))
 
     def _enter(self, study: int, frozen: FrozenTrial) -> None:
         # Not always at the end: others finish some that were begun before those that are here.
