@@ -341,10 +341,10 @@ def test_folders_that_are_no_teacher(text, message, teacher, study, refuse):
 def test_a_teacher_without_a_tokenizer(teacher, study, refuse):
     (teacher / "tokenizer.json").unlink()
     (teacher / "tokenizer_config.json").unlink()
-    for command in ("validate", "search"):
-        assert refuse(command, study, f"teacher.source={teacher}").endswith(
-            f"teacher.tokenizer: {teacher} has no tokenizer; name a folder or a hub name that has "
-            "one"
+    for command, start in {"validate": f"{study}: ", "search": ""}.items():
+        assert refuse(command, study, f"teacher.source={teacher}") == (
+            f"{start}teacher.tokenizer: {teacher} has no tokenizer; name a folder or a hub name "
+            "that has one"
         )
 
 
@@ -353,9 +353,9 @@ def test_a_tokenizer_of_more_tokens_than_the_teacher_knows(teacher, study, refus
     most = max(AutoTokenizer.from_pretrained(teacher).get_vocab().values())
     model.resize_token_embeddings(most)
     model.save_pretrained(teacher)
-    assert refuse("validate", study, f"teacher.source={teacher}").endswith(
-        f"teacher.tokenizer: numbers tokens up to {most:,}, but {teacher} knows only {most:,}; "
-        "name the tokenizer that it was trained with"
+    assert refuse("validate", study, f"teacher.source={teacher}") == (
+        f"{study}: teacher.tokenizer: numbers tokens up to {most:,}, but {teacher} knows only "
+        f"{most:,}; name the tokenizer that it was trained with"
     )
 
 
